@@ -1,0 +1,44 @@
+"""What one trial is: the four sections ``data``, ``model``, ``optimizer`` and ``train``.
+
+Pydantic models, frozen, unknown keys refused, and no torch: a study file is validated, and a
+trial's configuration put together, without loading it.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from sweeper.config.base import Section
+from sweeper.config.data import DataConfig, DataShape, shape_of
+from sweeper.config.model import ModelConfig
+from sweeper.config.optimizer import OptimizerConfig
+from sweeper.config.train import TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "DataShape",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Section",
+    "TrainConfig",
+    "TrialConfig",
+    "shape_of",
+]
+
+
+class TrialConfig(Section):
+    """Everything that decides a trial's numbers, its seed included."""
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _model_fits_data(self) -> Self:
+        shape = shape_of(self.data)
+        if shape is not None:
+            self.model.check(shape)
+        return self

@@ -1,0 +1,179 @@
+"""The ``data`` section: which images, which part validates, how they are prepared.
+
+:func:`shape_of` tells the shape of a data set's images without loading torch, so that a patch
+that does not divide the image is found in the study file and not by a worker.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from sweeper.config.base import Section
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
+
+
+class DataShape(NamedTuple):
+    """One example of a data set: ``channels`` x ``height`` x ``width``, one of ``classes``."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+
+
+class Crop(Section):
+    """Random crop of the image's own size after zero padding of ``padding`` pixels."""
+
+    name: Literal["crop"] = "crop"
+    padding: int = Field(default=4, ge=1)
+
+
+class Flip(Section):
+    """Horizontal flip with probability ``p``."""
+
+    name: Literal["flip"] = "flip"
+    p: float = Field(default=0.5, ge=0, le=1)
+
+
+class ColorJitter(Section):
+    """Random brightness, contrast, saturation and hue, as torchvision's ``ColorJitter``."""
+
+    name: Literal["color_jitter"] = "color_jitter"
+    brightness: float = Field(default=0.2, ge=0)
+    contrast: float = Field(default=0.2, ge=0)
+    saturation: float = Field(default=0.2, ge=0)
+    hue: float = Field(default=0.05, ge=0, le=0.5)
+
+
+class Rotation(Section):
+    """Random rotation by up to ``degrees`` to either side."""
+
+    name: Literal["rotation"] = "rotation"
+    degrees: float = Field(default=15.0, gt=0, le=180)
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Augmentation = Annotated[
+    Crop | Flip | ColorJitter | Rotation, Field(discriminator="name"), BeforeValidator(_named)
+]
+"""The name of an augmentation, or a mapping with ``name`` and its own fields."""
+
+
+class _Images(Section):
+    """What all data sets share.
+
+    ``validation`` is the part of the training images that is held out, stratified by class, drawn
+    with ``split_seed``: a number of images, or a share below 1. ``standardize`` uses statistics of
+    the remaining training part only: ``channel`` subtracts the mean and divides by the standard
+    deviation of each channel, ``zca`` whitens, ``none`` leaves values in 0 to 1. ``limit`` keeps
+    that many training images (and as many test images) at most, stratified, for a quick look.
+    """
+
+    validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: int = Field(default=0, ge=0)
+    standardize: Literal["none", "channel", "zca"] = "channel"
+    augment: tuple[Augmentation, ...] = Field(default=(), strict=False)
+    limit: int | None = Field(default=None, ge=10)
+
+
+class Digits(_Images):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey; a fifth is the test set. No download."""
+
+    name: Literal["digits"]
+
+
+class Circles(Section):
+    """Two concentric circles in the plane, two classes (report R1a): 1x1x2 "images".
+
+    ``samples`` points are drawn with ``data_seed``; a fifth is the test set.
+    """
+
+    name: Literal["circles"]
+    samples: int = Field(default=1000, ge=50)
+    noise: float = Field(default=0.1, ge=0)
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    data_seed: int = Field(default=0, ge=0)
+    validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: int = Field(default=0, ge=0)
+    standardize: Literal["none", "channel"] = "none"
+    augment: tuple[Augmentation, ...] = Field(default=(), max_length=0, strict=False)
+    limit: int | None = Field(default=None, ge=10)
+
+
+class Mnist(_Images):
+    """MNIST: 60,000 + 10,000 grey 28x28 digits."""
+
+    name: Literal["mnist"]
+
+
+class FashionMnist(_Images):
+    """Fashion-MNIST: 60,000 + 10,000 grey 28x28 garments."""
+
+    name: Literal["fashion_mnist"]
+
+
+class Kmnist(_Images):
+    """KMNIST: 60,000 + 10,000 grey 28x28 hiragana."""
+
+    name: Literal["kmnist"]
+
+
+class Cifar10(_Images):
+    """CIFAR-10: 50,000 + 10,000 colour 32x32 photos."""
+
+    name: Literal["cifar10"]
+
+
+class ImageFolder(_Images):
+    """Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, all of one size."""
+
+    name: Literal["image_folder"]
+    root: str = Field(min_length=1)
+
+
+DataConfig = Annotated[
+    Digits | Circles | Mnist | FashionMnist | Kmnist | Cifar10 | ImageFolder,
+    Field(discriminator="name"),
+]
+
+_SHAPES: dict[str, DataShape] = {
+    "digits": DataShape(1, 8, 8, 10),
+    "circles": DataShape(1, 1, 2, 2),
+    "mnist": DataShape(1, 28, 28, 10),
+    "fashion_mnist": DataShape(1, 28, 28, 10),
+    "kmnist": DataShape(1, 28, 28, 10),
+    "cifar10": DataShape(3, 32, 32, 10),
+}
+
+
+def shape_of(data: DataConfig) -> DataShape | None:
+    """The shape of one example, or None for an image folder that is not there or is empty."""
+    if isinstance(data, ImageFolder):
+        return _folder_shape(Path(data.root).expanduser())
+    return _SHAPES[data.name]
+
+
+def _folder_shape(root: Path) -> DataShape | None:
+    """Look at the class folders and the first image of ``root/train``."""
+    from PIL import Image  # kept out of the start-up of commands that read no image folder
+
+    try:
+        classes = sorted(entry for entry in (root / "train").iterdir() if entry.is_dir())
+        first = next(
+            file
+            for folder in classes
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        )
+        with Image.open(first) as image:
+            channels = 1 if image.mode in {"1", "L", "I;16", "LA"} else 3
+            return DataShape(channels, image.height, image.width, len(classes))
+    except (OSError, StopIteration):
+        return None

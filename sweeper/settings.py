@@ -1,0 +1,129 @@
+"""Where everything lives, and what it is called: the one place for names and paths.
+
+The order is: flag, then environment, then default. Nobody else builds or parses these names.
+
+===================== =========================================================================
+``SWEEPER_HOME``      folder of the embedded databases, artifacts, spool and logs (``.sweeper``)
+``SWEEPER_STORE``     SQLAlchemy URL of the Optuna database (SQLite in the home folder)
+``SWEEPER_DATA``      folder of the data sets (``~/.cache/sweeper/data``)
+``SWEEPER_WORKER``    name of this worker (host and process id)
+``MLFLOW_TRACKING_URI`` MLflow server (one is started on 127.0.0.1)
+===================== =========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from sqlalchemy.engine import make_url
+
+RUN_KEY_TAG: Final = "sweeper.key"
+STUDY_TAG: Final = "sweeper.study"
+ROLE_TAG: Final = "sweeper.role"
+TRIAL_TAG: Final = "sweeper.trial"
+STATE_TAG: Final = "sweeper.state"
+ATTEMPT_TAG: Final = "sweeper.attempt"
+WORKER_TAG: Final = "sweeper.worker"
+OUTCOME_TAG: Final = "sweeper.outcome"
+COMMIT_TAG: Final = "mlflow.source.git.commit"
+
+ROLE_TRIAL: Final = "trial"
+ROLE_STUDY: Final = "study"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The resolved settings of one process. All paths are absolute."""
+
+    home: Path
+    data: Path
+    store_url: str
+    tracking_uri: str | None
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        home: str | Path | None = None,
+        store: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Settings from flags (not None), then the environment, then defaults."""
+        env = os.environ if environment is None else environment
+        home_path = Path(home or env.get("SWEEPER_HOME") or ".sweeper").expanduser().absolute()
+        data = env.get("SWEEPER_DATA") or "~/.cache/sweeper/data"
+        return cls(
+            home=home_path,
+            data=Path(data).expanduser().absolute(),
+            store_url=store or env.get("SWEEPER_STORE") or f"sqlite:///{home_path / 'optuna.db'}",
+            tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
+        )
+
+    @property
+    def embedded_tracking_uri(self) -> str:
+        """The MLflow database of the home folder, which a client can open without a server."""
+        return f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.home / "artifacts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.home / "checkpoints"
+
+    @property
+    def spool(self) -> Path:
+        return self.home / "spool"
+
+    @property
+    def reports(self) -> Path:
+        return self.home / "reports"
+
+    def logs(self, study: str) -> Path:
+        """The folder of the worker logs of a study."""
+        return self.home / "logs" / study
+
+    def environment(self) -> dict[str, str]:
+        """The variables that give a child process these settings."""
+        variables = {
+            "SWEEPER_HOME": str(self.home),
+            "SWEEPER_DATA": str(self.data),
+            "SWEEPER_STORE": self.store_url,
+        }
+        if self.tracking_uri:
+            variables["MLFLOW_TRACKING_URI"] = self.tracking_uri
+        return variables
+
+
+def masked(url: str) -> str:
+    """``url`` fit for people to see: a password is replaced by ``***``."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, it must not be shown
+        return "<unreadable URL>"
+
+
+def worker_name() -> str:
+    """This process's name among the workers of a store: ``SWEEPER_WORKER`` or host and pid."""
+    return os.environ.get("SWEEPER_WORKER") or f"{socket.gethostname()}-{os.getpid()}"
+
+
+def run_name(trial_number: int) -> str:
+    """The MLflow run name of a trial, which sorts by number."""
+    return f"{trial_number:04d}"
+
+
+def run_key(study: str, trial_number: int) -> str:
+    """The tag value that finds a trial's run again: MLflow itself knows no unique name."""
+    return f"{study}/{trial_number}"
+
+
+def study_run_key(study: str) -> str:
+    """The tag value of the study's own run."""
+    return f"{study}/study"

@@ -1,0 +1,308 @@
+"""What a study is: the sections of a study file as one frozen value.
+
+A :class:`StudySpec` is complete in itself. It is stored with the study, so that a worker needs
+the store's address and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, StringConstraints
+
+from sweeper.config import DataConfig, ModelConfig, OptimizerConfig, Section, TrainConfig
+from sweeper.config import TrialConfig as TrialConfig
+from sweeper.measurement import OBJECTIVE_METRICS
+from sweeper.space import Parameter
+
+SECTIONS = ("data", "model", "optimizer", "train")
+"""The sections that make up a trial; the first word of every parameter's path."""
+
+ObjectiveMetric = Literal[
+    "val_accuracy",
+    "val_loss",
+    "train_accuracy",
+    "train_loss",
+    "seconds",
+    "samples_per_s",
+    "peak_memory_mib",
+]
+
+
+class Objective(Section):
+    """What is optimized. ``at``: the value of the ``best`` epoch, or of the ``last``."""
+
+    metric: ObjectiveMetric = "val_accuracy"
+    direction: Literal["maximize", "minimize"] = "maximize"
+    at: Literal["best", "last"] = "best"
+
+    @property
+    def maximize(self) -> bool:
+        return self.direction == "maximize"
+
+
+def _objective(value: Any) -> Any:
+    """A metric's name alone takes the direction that makes sense for it."""
+    if isinstance(value, str):
+        value = {"metric": value}
+    if isinstance(value, dict) and "direction" not in value:
+        direction = OBJECTIVE_METRICS.get(str(value.get("metric", "val_accuracy")))
+        return {**value, "direction": direction} if direction else value
+    return value
+
+
+_Objective = Annotated[Objective, BeforeValidator(_objective)]
+
+
+def _several(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Tpe(Section):
+    """Tree-structured Parzen estimator, aware of running trials."""
+
+    name: Literal["tpe"] = "tpe"
+    startup_trials: int = Field(default=10, ge=0)
+
+
+class Gp(Section):
+    """Gaussian process."""
+
+    name: Literal["gp"]
+    startup_trials: int = Field(default=10, ge=0)
+
+
+class CmaEs(Section):
+    """Covariance matrix adaptation; numbers only, lists and conditions are drawn at random."""
+
+    name: Literal["cmaes"]
+    startup_trials: int = Field(default=1, ge=0)
+
+
+class Nsga2(Section):
+    """Genetic search, made for several objectives."""
+
+    name: Literal["nsga2"]
+    population: int = Field(default=50, ge=2)
+
+
+class Qmc(Section):
+    """Quasi-Monte Carlo: spreads evenly and looks at no result."""
+
+    name: Literal["qmc"]
+
+
+class Random(Section):
+    """Independent draws."""
+
+    name: Literal["random"]
+
+
+class Grid(Section):
+    """Every combination once; ``trials`` may be left out."""
+
+    name: Literal["grid"]
+
+
+class ReferenceOnly(Section):
+    """Exactly the trials listed under ``reference``, and nothing is sampled."""
+
+    name: Literal["reference"]
+
+
+Sampler = Annotated[
+    Annotated[
+        Tpe | Gp | CmaEs | Nsga2 | Qmc | Random | Grid | ReferenceOnly, Field(discriminator="name")
+    ],
+    BeforeValidator(_named),
+]
+
+
+class NoPruner(Section):
+    """Every trial runs to its end."""
+
+    name: Literal["none"] = "none"
+
+
+class _EpochPruner(Section):
+    """``min_epochs``: no trial is pruned before so many epochs."""
+
+    min_epochs: int = Field(default=1, ge=1)
+
+
+class MedianPruner(_EpochPruner):
+    """Ends a trial whose best value is worse than the median of the others at the same epoch."""
+
+    name: Literal["median"]
+    startup_trials: int = Field(default=5, ge=0)
+
+
+class AshaPruner(_EpochPruner):
+    """Asynchronous successive halving: of ``reduction`` trials one goes on to the next rung."""
+
+    name: Literal["asha"]
+    reduction: int = Field(default=3, ge=2)
+
+
+class HyperbandPruner(_EpochPruner):
+    """Several brackets of successive halving, from ``min_epochs`` to the full number of epochs."""
+
+    name: Literal["hyperband"]
+    reduction: int = Field(default=3, ge=2)
+
+
+class PatientPruner(_EpochPruner):
+    """Ends a trial that has not improved by ``min_delta`` for ``patience`` epochs."""
+
+    name: Literal["patient"]
+    patience: int = Field(default=5, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class ThresholdPruner(_EpochPruner):
+    """Ends a trial whose objective leaves the range from ``lower`` to ``upper``."""
+
+    name: Literal["threshold"]
+    lower: float | None = None
+    upper: float | None = None
+
+
+Pruner = Annotated[
+    Annotated[
+        NoPruner | MedianPruner | AshaPruner | HyperbandPruner | PatientPruner | ThresholdPruner,
+        Field(discriminator="name"),
+    ],
+    BeforeValidator(_named),
+]
+
+
+class Search(Section):
+    """How points of the space are chosen, and how many: ``trials`` is the budget, exactly."""
+
+    sampler: Sampler = Tpe()
+    pruner: Pruner = NoPruner()
+    trials: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class ReferenceTrial(Section):
+    """One published result: the values it used and the metrics it reported.
+
+    ``params`` are laid over the study's sections like a sampled point, and may lie outside the
+    space. Reported metrics are named as ours are; a further name is shown, not compared.
+    """
+
+    params: dict[str, Any] = Field(default_factory=dict)
+    reported: dict[str, float] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Reference(Section):
+    """Published results of one source, shown beside ours."""
+
+    source: str
+    trials: tuple[ReferenceTrial, ...] = Field(default=(), strict=False)
+
+
+class Resources(Section):
+    """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU."""
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    gpus_per_worker: float = Field(default=1, ge=0)
+    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+
+class Faults(Section):
+    """What happens when something breaks.
+
+    A trial whose worker is lost goes back to the queue up to ``retries`` times. A worker beats
+    every ``heartbeat_s``; after ``lost_after_s`` without one it counts as lost. ``on_divergence``:
+    a trial whose loss is no longer finite counts as ``pruned`` (a bad result the sampler learns
+    from) or as ``failed``.
+    """
+
+    retries: int = Field(default=3, ge=0)
+    heartbeat_s: int = Field(default=10, ge=1)
+    lost_after_s: int = Field(default=60, ge=2)
+    on_divergence: Literal["pruned", "failed"] = "pruned"
+
+
+StudyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class StudySpec(Section):
+    """A whole study file, defaults filled in."""
+
+    name: StudyName
+    description: str = ""
+    objective: Annotated[
+        tuple[_Objective, ...], BeforeValidator(_several), Field(min_length=1, strict=False)
+    ] = (Objective(),)
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    search: Search = Search()
+    parameters: dict[str, Parameter] = Field(default_factory=dict)
+    reference: Reference | None = None
+    resources: Resources = Resources()
+    faults: Faults = Faults()
+
+    def sections(self) -> dict[str, Any]:
+        """The four sections of a trial as plain data, before any parameter is set.
+
+        Only what the file sets: a default belongs to the model or schedule that a parameter may
+        yet exchange for another.
+        """
+        return {
+            name: getattr(self, name).model_dump(mode="json", exclude_unset=True)
+            for name in SECTIONS
+        }
+
+    def stored(self) -> str:
+        """The spec as JSON, for the store; ``model_validate_json`` reads it back equal."""
+        return self.model_dump_json(exclude_unset=True)
+
+    def trial_config(self, values: Mapping[str, Any]) -> TrialConfig:
+        """The configuration of the trial with the parameters ``values`` (dotted path to value).
+
+        Raises pydantic's ValidationError where the values do not fit together.
+        """
+        return TrialConfig.model_validate(overlay(self.sections(), values))
+
+
+def overlay(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``sections`` with every dotted path of ``values`` set; shared parts are copied, not changed.
+
+    Setting a ``name`` (another model, data set or schedule) to a new value drops the fields that
+    belong to the former one and which the new one does not know.
+    """
+    from sweeper.study.variants import fields_of  # the table of which name has which fields
+
+    result: dict[str, Any] = copy.deepcopy(dict(sections))
+    for path, value in sorted(values.items(), key=lambda item: not item[0].endswith(".name")):
+        *parents, leaf = path.split(".")
+        target = result
+        for parent in parents:
+            child = target.get(parent)
+            if isinstance(child, str):
+                child = {"name": child}
+            elif not isinstance(child, dict):
+                child = {}
+            target[parent] = child
+            target = child
+        if leaf == "name" and target.get("name") != value:
+            known = fields_of(".".join(parents), str(value))
+            former = fields_of(".".join(parents), str(target.get("name")))
+            if known is not None and former is not None:
+                for key in list(target):
+                    if key not in known and key in former:
+                        del target[key]
+        target[leaf] = value
+    return result
