@@ -59,7 +59,7 @@ def _check_patch(patch: int, shape: DataShape) -> None:
 
 
 class _Model(Section):
-    """``init`` draws the weights of linear and convolutional layers anew; ``default`` is torch's."""
+    """``init`` draws linear and convolutional weights anew; ``default`` leaves torch's."""
 
     init: Init = "default"
 
