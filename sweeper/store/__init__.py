@@ -1,0 +1,24 @@
+"""The store: an Optuna study in one SQL database, used as a queue.
+
+``database`` opens it, ``studies`` creates and finds studies, ``queue`` hands out trials and takes
+them back, ``sampling`` draws points, ``view`` shows how things stand. Optuna is imported here and
+in ``report`` only.
+"""
+
+from sweeper.store.attributes import Control, Outcome
+from sweeper.store.database import Store, open_store
+from sweeper.store.queue import Claim
+from sweeper.store.studies import StoredStudy
+from sweeper.store.view import Standing, TrialRow, standing
+
+__all__ = [
+    "Claim",
+    "Control",
+    "Outcome",
+    "Standing",
+    "Store",
+    "StoredStudy",
+    "TrialRow",
+    "open_store",
+    "standing",
+]

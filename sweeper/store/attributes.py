@@ -1,0 +1,64 @@
+"""The user attributes that sweeper keeps with Optuna's studies and trials, in one place.
+
+Facts only: a trial's state is Optuna's ``TrialState`` and nothing mirrors it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+# of a study
+SPEC: Final = "sweeper.spec"
+CONTROL: Final = "sweeper.control"
+CREATED: Final = "sweeper.created"
+EXPERIMENT: Final = "sweeper.experiment"
+TRACKING: Final = "sweeper.tracking"
+
+# of a trial, written when it is enqueued
+FIXED: Final = "sweeper.fixed"
+SET: Final = "sweeper.set"
+REFERENCE: Final = "sweeper.reference"
+ATTEMPT: Final = "sweeper.attempt"
+RETRY_OF: Final = "sweeper.retry_of"
+ORIGIN: Final = "sweeper.origin"
+LOGGED: Final = "sweeper.logged_epochs"
+
+# of a trial, written by the worker that has it
+WORKER: Final = "sweeper.worker"
+DRAWN: Final = "sweeper.drawn"
+RUN_ID: Final = "sweeper.run_id"
+PARAMETERS: Final = "sweeper.model_parameters"
+
+# of a trial, written as it ends
+OUTCOME: Final = "sweeper.outcome"
+METRICS: Final = "sweeper.metrics"
+ERROR: Final = "sweeper.error"
+SECONDS: Final = "sweeper.seconds"
+
+
+class Outcome(StrEnum):
+    """What ended a trial (design decision 9)."""
+
+    COMPLETED = "completed"
+    PRUNED = "pruned"
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "out_of_memory"
+    CRASHED = "crashed"
+    INVALID = "invalid"
+    LOST = "lost"
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+
+
+RETRIED: Final = frozenset({Outcome.LOST})
+"""Outcomes after which a trial goes back to the queue, up to ``faults.retries`` times."""
+
+
+class Control(StrEnum):
+    """What a study's workers are asked to do."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    STOP = "stop"
+    CANCEL = "cancel"

@@ -1,0 +1,185 @@
+"""The SQL server behind a store: connections, schema, and one lock for all controllers.
+
+Optuna's own tables, Optuna's own storage. What is added is care (design decisions 3 and 4):
+
+* SQLite: WAL, a busy timeout, and ``BEGIN IMMEDIATE``, without which a claim is not atomic.
+* PostgreSQL: psycopg 3, connections checked before use, so that a restart costs no error.
+* The schema is created by one process at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import optuna
+import sqlalchemy
+from filelock import FileLock
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, make_url
+
+from sweeper.errors import MissingExtraError, StoreUnreachableError, UsageError
+from sweeper.settings import masked
+
+_BUSY_TIMEOUT_S: Final = 60
+_POSTGRES_LOCK_KEY: Final = 0x73776565  # "swee": the advisory lock that controllers share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Store:
+    """An open store. ``storage`` caches finished trials; ``backend`` is the database itself."""
+
+    url: URL
+    backend: RDBStorage
+    storage: BaseStorage
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self.backend.remove_session()
+        self.backend.engine.dispose()
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Hold the store's one lock: what a controller reads in here nobody enqueues against."""
+        with _server_lock(self.url, self.backend.engine), reaching(self.url):
+            yield
+
+
+def open_store(url: str) -> Store:
+    """Open the store at ``url``, creating its tables if this is the first time.
+
+    Raises:
+        UsageError: the URL is not one of SQLite or PostgreSQL.
+        MissingExtraError: PostgreSQL without psycopg.
+        StoreUnreachableError: the server does not answer, or the file cannot be written.
+    """
+    address = _address(url)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with reaching(address), _server_lock(address, None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        backend = _connect(address)
+        storage = optuna.storages.get_storage(backend)
+    return Store(url=address, backend=backend, storage=storage)
+
+
+def _address(url: str) -> URL:
+    try:
+        address = make_url(url)
+    except exc.ArgumentError as error:
+        raise UsageError(
+            "the store must be a URL such as sqlite:///sweeps.db or "
+            "postgresql+psycopg://user@host/database, but got something that is not a URL"
+        ) from error
+    if address.get_backend_name() not in {"sqlite", "postgresql"}:
+        raise UsageError(
+            f"the store must be SQLite or PostgreSQL, but got {address.drivername!r}; "
+            "write sqlite:///… or postgresql+psycopg://…"
+        )
+    if address.drivername == "postgresql":
+        address = address.set(drivername="postgresql+psycopg")
+    if address.get_backend_name() == "sqlite" and address.database in {None, "", ":memory:"}:
+        raise UsageError(
+            "a store must be a file that several processes can open, but got an in-memory "
+            "SQLite database; write sqlite:///path/to/file.db"
+        )
+    return address
+
+
+def _connect(address: URL) -> RDBStorage:
+    url = address.render_as_string(hide_password=False)
+    if address.get_backend_name() == "sqlite":
+        file = Path(str(address.database))
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        backend = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_TIMEOUT_S}})
+        event.listen(backend.engine, "connect", _prepare_sqlite)
+        event.listen(backend.engine, "begin", _begin_immediate)
+        backend.engine.dispose()  # connections made before the listeners
+        return backend
+    try:
+        return RDBStorage(
+            url,
+            engine_kwargs={
+                "pool_pre_ping": True,
+                "pool_size": 2,
+                "max_overflow": 4,
+                "pool_recycle": 600,
+            },
+        )
+    except ImportError as error:
+        raise MissingExtraError(
+            "PostgreSQL needs psycopg, which is not installed; run: pip install 'sweeper[postgres]'"
+        ) from error
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")
+    cursor.close()
+
+
+def _begin_immediate(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextlib.contextmanager
+def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[None]:
+    """One holder among all processes that use the database: a file lock or an advisory lock."""
+    if address.get_backend_name() == "sqlite":
+        file = Path(str(address.database)).absolute()
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(f"{file}.lock"):
+            yield
+        return
+    own = engine is None
+    engine = engine or sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+    try:
+        with engine.connect() as connection:
+            lock = {"key": _POSTGRES_LOCK_KEY}
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), lock)
+            connection.commit()
+            try:
+                yield
+            finally:
+                connection.rollback()
+                connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), lock)
+                connection.commit()
+    finally:
+        if own:
+            engine.dispose()
+
+
+@contextlib.contextmanager
+def reaching(address: URL | str) -> Iterator[None]:
+    """Translate what Optuna and SQLAlchemy raise when the database does not answer."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError, OSError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [""]
+        raise StoreUnreachableError(
+            f"the store must answer, but {masked(str(address))} said: {reason[0]}"
+        ) from error
+
+
+def patiently(address: URL | str, action: Any, *, attempts: int = 3, pause_s: float = 0.5) -> Any:
+    """Call ``action`` until the store answers, ``attempts`` times at most."""
+    for attempt in range(1, attempts + 1):
+        try:
+            with reaching(address):
+                return action()
+        except StoreUnreachableError:
+            if attempt == attempts:
+                raise
+            logging.getLogger(__name__).warning("the store did not answer; trying again")
+            time.sleep(pause_s * attempt)
+    return None

@@ -1,0 +1,351 @@
+"""The queue: Optuna's WAITING trials (design decision 1).
+
+===================== ============================================= =============================
+from → to             who                                           how
+===================== ============================================= =============================
+– → WAITING           controller, :func:`fill` and :func:`reconcile` under the store's lock
+WAITING → RUNNING     worker, :func:`claim`                         compare-and-set
+RUNNING → WAITING     the worker that has it, :func:`put_back`      it stops at once
+RUNNING → COMPLETE,   the worker that has it, :func:`finish`        refused once it was lost
+PRUNED or FAIL
+RUNNING → FAIL        anybody, :func:`reap`, after too long a       compare-and-set
+                      silence; the trial's outcome is ``lost``
+===================== ============================================= =============================
+
+A worker never creates a trial, so the number of trials, without those that a retry replaced, is
+the budget at every moment. A lost trial stays as it ended and a new one takes its place, so that
+a worker that comes back from the dead finds its trial finished and cannot write over it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Final
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from sweeper.errors import TrialLostError
+from sweeper.space import contains, grid
+from sweeper.store import attributes as attr
+from sweeper.store import sampling
+from sweeper.store.attributes import Outcome
+from sweeper.store.database import Store, reaching
+from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
+
+_AHEAD: Final = 16
+_ERROR_CHARACTERS: Final = 8000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticket:
+    """A trial to enqueue: nothing fixed (the sampler decides), or exactly these values."""
+
+    values: Mapping[str, Any] | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """A trial that this worker has, with what is known of it before it starts."""
+
+    trial_id: int
+    number: int
+    origin: int
+    attempt: int
+    logged_epochs: int
+
+
+def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
+    """Every trial of a study in the order in which they are to run.
+
+    Published configurations come first. A grid point that was published is not run twice.
+    """
+    published = (
+        list(spec.reference.trials)
+        if spec.reference and (with_reference or isinstance(spec.search.sampler, ReferenceOnly))
+        else []
+    )
+    result = [
+        Ticket(values=trial.params, attributes={attr.REFERENCE: index})
+        for index, trial in enumerate(published)
+    ]
+    match spec.search.sampler:
+        case ReferenceOnly():
+            return result
+        case Grid():
+            taken = [spec.trial_config(trial.params) for trial in published]
+            points = [Ticket(values=point) for point in grid(spec.parameters)]
+            return result + [
+                ticket for ticket in points if spec.trial_config(ticket.values or {}) not in taken
+            ]
+    free = Ticket() if spec.parameters else Ticket(values={})
+    return result + [free] * (spec.search.trials or 1)
+
+
+def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]) -> int:
+    """Enqueue those of ``planned`` that the study does not have yet; the number enqueued.
+
+    Call it under :meth:`Store.exclusively`. Trials are counted, not compared: the plan of a study
+    only ever grows at its end.
+    """
+    have = len(current(store.storage.get_all_trials(study_id, deepcopy=False)))
+    missing = planned[have:]
+    for ticket in missing:
+        store.storage.create_new_trial(study_id, _waiting(spec, ticket))
+    return len(missing)
+
+
+def _waiting(spec: StudySpec, ticket: Ticket) -> FrozenTrial:
+    """Values that the sampler could have drawn become the trial's parameters, the rest ``SET``."""
+    attributes: dict[str, Any] = {attr.ATTEMPT: 1, **ticket.attributes}
+    if ticket.values is None:
+        return create_trial(state=TrialState.WAITING, user_attrs=attributes)
+    inside = {
+        path: value
+        for path, value in ticket.values.items()
+        if path in spec.parameters
+        and spec.parameters[path].holds(ticket.values)
+        and contains(spec.parameters[path], value)
+    }
+    outside = {path: value for path, value in ticket.values.items() if path not in inside}
+    attributes |= {attr.FIXED: True}
+    if outside:
+        attributes[attr.SET] = outside
+    return create_trial(
+        state=TrialState.WAITING,
+        params=sampling.encoded(spec, inside),
+        distributions={path: sampling.distribution(spec.parameters[path]) for path in inside},
+        user_attrs=attributes,
+    )
+
+
+def claim(store: Store, study_id: int, worker: str) -> Claim | None:
+    """Take a waiting trial, the oldest first, or None where none is waiting.
+
+    The heart beats before the claim: from its first moment as RUNNING the trial has a fresh beat.
+    """
+    with reaching(store.url):
+        while waiting := _waiting_ids(store, study_id):
+            # the first few in an order of one's own: many workers need not race for the same one
+            for trial_id in waiting[:1] + random.sample(waiting[1:], len(waiting) - 1):
+                store.backend.record_heartbeat(trial_id)
+                try:
+                    taken = store.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+                except UpdateFinishedTrialError:
+                    continue
+                if taken:
+                    store.storage.set_trial_user_attr(trial_id, attr.WORKER, worker)
+                    trial = store.storage.get_trial(trial_id)
+                    known = trial.user_attrs
+                    return Claim(
+                        trial_id=trial_id,
+                        number=trial.number,
+                        origin=known.get(attr.ORIGIN, trial.number),
+                        attempt=known.get(attr.ATTEMPT, 1),
+                        logged_epochs=max(known.get(attr.LOGGED, 0), trial.last_step or 0),
+                    )
+    return None
+
+
+def _waiting_ids(store: Store, study_id: int) -> list[int]:
+    trial = models.TrialModel
+    query = (
+        sqlalchemy.select(trial.trial_id)
+        .where(trial.study_id == study_id, trial.state == TrialState.WAITING)
+        .order_by(trial.trial_id)
+        .limit(_AHEAD)
+    )
+    with store.backend.engine.connect() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str, Any]:
+    """The trial's parameters by dotted path: fixed ones as they are, the others drawn now."""
+    study.get_trials(deepcopy=False)  # Optuna's cache must know the trial before it is drawn
+    frozen = study._storage.get_trial(claimed.trial_id)
+    if frozen.user_attrs.get(attr.FIXED) or frozen.user_attrs.get(attr.DRAWN):
+        return values(spec, frozen)
+    study.sampler = sampling.sampler(spec, claimed.origin)
+    drawn = sampling.draw(spec, optuna.Trial(study, claimed.trial_id))
+    study._storage.set_trial_user_attr(claimed.trial_id, attr.DRAWN, True)
+    return drawn
+
+
+def values(spec: StudySpec, trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters of a trial as the study file writes them, in the order of the file."""
+    known = {
+        **sampling.decoded(spec, trial.params),
+        **trial.user_attrs.get(attr.SET, {}),
+    }
+    order = [path for path in spec.parameters if path in known]
+    return {path: known[path] for path in [*order, *sorted(set(known) - set(order))]}
+
+
+def put_back(store: Store, claimed: Claim) -> None:
+    """Give a trial back unfinished: the next worker that is free takes it.
+
+    Raises TrialLostError where it was taken away meanwhile.
+    """
+    with reaching(store.url), _owned():
+        store.storage.set_trial_user_attr(claimed.trial_id, attr.ATTEMPT, claimed.attempt + 1)
+        store.storage.set_trial_state_values(claimed.trial_id, TrialState.WAITING)
+
+
+def finish(
+    store: Store,
+    study: optuna.Study,
+    claimed: Claim,
+    *,
+    outcome: Outcome,
+    state: TrialState,
+    values: Sequence[float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """End a trial: its facts first, its state last, so that a finished trial is a whole one.
+
+    Raises TrialLostError where the store has given it to another worker.
+    """
+    with reaching(store.url), _owned():
+        for name, value in {**(facts or {}), attr.OUTCOME: str(outcome)}.items():
+            if isinstance(value, str):
+                value = value[-_ERROR_CHARACTERS:]
+            store.storage.set_trial_user_attr(claimed.trial_id, name, value)
+        frozen = store.storage.get_trial(claimed.trial_id)
+        if frozen.state is not TrialState.RUNNING:
+            raise TrialLostError
+        study.tell(frozen.number, list(values) if values else None, state=state)
+
+
+class _owned:  # noqa: N801 - reads as what it is, a context
+    """Optuna refuses to touch a finished trial: to its worker that means that it was lost."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, UpdateFinishedTrialError):
+            raise TrialLostError from error
+
+
+def beat(store: Store, claimed: Claim) -> None:
+    """Say that the trial's worker is alive."""
+    store.backend.record_heartbeat(claimed.trial_id)
+
+
+def reap(store: Store, study_id: int, *, lost_after_s: float) -> list[int]:
+    """End every running trial whose worker has been silent too long; their numbers."""
+    lost = []
+    for trial_id in _silent_ids(store, study_id, lost_after_s):
+        if _lose(store, trial_id):
+            lost.append(store.storage.get_trial(trial_id).number)
+    return lost
+
+
+def lose_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
+    """End the running trials of a worker that is known to be dead; their numbers."""
+    running = store.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+    return [
+        trial.number
+        for trial in running
+        if trial.user_attrs.get(attr.WORKER) == worker and _lose(store, trial._trial_id)
+    ]
+
+
+def _lose(store: Store, trial_id: int) -> bool:
+    try:
+        store.storage.set_trial_user_attr(trial_id, attr.OUTCOME, str(Outcome.LOST))
+        return store.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
+
+
+def _silent_ids(store: Store, study_id: int, lost_after_s: float) -> list[int]:
+    """Running trials without a beat for ``lost_after_s``, by the database's own clock."""
+    trial, beats = models.TrialModel, models.TrialHeartbeatModel
+    query = (
+        sqlalchemy.select(trial.trial_id, beats.heartbeat)
+        .join(beats, beats.trial_id == trial.trial_id)
+        .where(trial.study_id == study_id, trial.state == TrialState.RUNNING)
+    )
+    with store.backend.engine.connect() as connection:
+        now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
+        now = now.replace(tzinfo=None)
+        return [
+            trial_id
+            for trial_id, last in connection.execute(query)
+            if now - last.replace(tzinfo=None) > timedelta(seconds=lost_after_s)
+        ]
+
+
+def superseded(trials: Sequence[FrozenTrial]) -> set[int]:
+    """The numbers of the trials that another one has replaced."""
+    return {
+        trial.user_attrs[attr.RETRY_OF] for trial in trials if attr.RETRY_OF in trial.user_attrs
+    }
+
+
+def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that count: one for each of the budget."""
+    replaced = superseded(trials)
+    return [trial for trial in trials if trial.number not in replaced]
+
+
+def reconcile(store: Store, study_id: int, spec: StudySpec) -> list[int]:
+    """Put a new trial in the place of every lost one that may be tried again; their numbers.
+
+    Ending a trial and enqueueing its successor are two commits, and a crash may come between
+    them. So nothing relies on the moment: whoever calls this next finds what is missing. Call it
+    under :meth:`Store.exclusively`, which keeps two controllers from adding two successors.
+    """
+    trials = store.storage.get_all_trials(study_id, deepcopy=False)
+    due = [
+        trial
+        for trial in current(trials)
+        if trial.state is TrialState.FAIL
+        and trial.user_attrs.get(attr.OUTCOME) in RETRIED_NAMES
+        and trial.user_attrs.get(attr.ATTEMPT, 1) <= spec.faults.retries
+    ]
+    for trial in due:
+        store.storage.create_new_trial(study_id, _successor(trial))
+    return [trial.number for trial in due]
+
+
+RETRIED_NAMES: Final = frozenset(str(outcome) for outcome in attr.RETRIED)
+
+
+def _successor(trial: FrozenTrial) -> FrozenTrial:
+    kept = (attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID)
+    known = trial.user_attrs
+    return create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={
+            **{name: known[name] for name in kept if name in known},
+            attr.ATTEMPT: known.get(attr.ATTEMPT, 1) + 1,
+            attr.RETRY_OF: trial.number,
+            attr.ORIGIN: known.get(attr.ORIGIN, trial.number),
+            attr.LOGGED: max(known.get(attr.LOGGED, 0), trial.last_step or 0),
+        },
+    )
+
+
+def retry(store: Store, study_id: int) -> list[int]:
+    """Put a new trial in the place of every failed one, whatever ended it; their numbers.
+
+    What ``sweeper retry`` does. Call it under :meth:`Store.exclusively`.
+    """
+    trials = store.storage.get_all_trials(study_id, deepcopy=False)
+    failed = [trial for trial in current(trials) if trial.state is TrialState.FAIL]
+    for trial in failed:
+        successor = _successor(trial)
+        successor.set_user_attr(attr.ATTEMPT, 1)
+        store.storage.create_new_trial(study_id, successor)
+    return [trial.number for trial in failed]

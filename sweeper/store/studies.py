@@ -1,0 +1,111 @@
+"""Studies in a store: create or resume one, read it, ask its workers for something."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError
+
+from sweeper.errors import StudyNotFoundError, UsageError
+from sweeper.store import attributes as attr
+from sweeper.store import sampling
+from sweeper.store.attributes import Control
+from sweeper.store.database import Store, reaching
+from sweeper.study.spec import StudySpec
+from sweeper.study.suggest import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredStudy:
+    """A study of the store: Optuna's, with the spec it was started from."""
+
+    study: optuna.Study
+    spec: StudySpec
+
+    @property
+    def id(self) -> int:
+        return int(self.study._study_id)
+
+    @property
+    def name(self) -> str:
+        return str(self.study.study_name)
+
+
+def names(store: Store) -> list[str]:
+    """The names of all studies that sweeper started, oldest first."""
+    with reaching(store.url):
+        return [
+            summary.study_name
+            for summary in store.storage.get_all_studies()
+            if attr.SPEC in summary.user_attrs
+        ]
+
+
+def create(store: Store, spec: StudySpec) -> StoredStudy | None:
+    """Create the study of ``spec``, or None where one of this name is there already."""
+    with reaching(store.url):
+        try:
+            study = optuna.create_study(
+                study_name=spec.name,
+                storage=store.storage,
+                directions=[objective.direction for objective in spec.objective],
+            )
+        except DuplicatedStudyError:
+            return None
+        study.set_user_attr(attr.CREATED, time.time())
+        study.set_user_attr(attr.CONTROL, str(Control.RUN))
+        study.set_user_attr(attr.SPEC, spec.stored())  # last: without it the study is nobody's
+    return load(store, spec.name)
+
+
+def load(store: Store, name: str) -> StoredStudy:
+    """The study called ``name``.
+
+    Raises:
+        StudyNotFoundError: there is none; the message names those there are.
+        UsageError: a study of that name is there, but sweeper did not start it.
+    """
+    with reaching(store.url):
+        try:
+            study = optuna.load_study(
+                study_name=name, storage=store.storage, sampler=optuna.samplers.RandomSampler()
+            )
+        except KeyError as error:
+            known = names(store)
+            raise StudyNotFoundError(
+                f"the store must have a study called {name!r}, but it has "
+                + (", ".join(known) or "none")
+                + did_you_mean(name, known)
+            ) from error
+        stored = study.user_attrs.get(attr.SPEC)
+    if stored is None:
+        raise UsageError(
+            f"the study {name!r} was started by something other than sweeper; "
+            "choose another name with --set name=…"
+        )
+    spec = StudySpec.model_validate_json(stored)
+    study.pruner = sampling.pruner(spec)
+    return StoredStudy(study=study, spec=spec)
+
+
+def update(store: Store, spec: StudySpec) -> StoredStudy:
+    """Store ``spec`` in place of the one that the study was started from."""
+    with reaching(store.url):
+        study = load(store, spec.name).study
+        study.set_user_attr(attr.SPEC, spec.stored())
+    return load(store, spec.name)
+
+
+def control(store: Store, study_id: int) -> Control:
+    """What the study's workers are asked to do."""
+    with reaching(store.url):
+        asked = store.storage.get_study_user_attrs(study_id).get(attr.CONTROL, Control.RUN)
+    return Control(asked)
+
+
+def ask(store: Store, study_id: int, what: Control) -> None:
+    """Ask the study's workers for something; they look at least once a heartbeat."""
+    with reaching(store.url):
+        store.storage.set_study_user_attr(study_id, attr.CONTROL, str(what))
