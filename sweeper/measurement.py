@@ -7,7 +7,7 @@ report reads it back. No torch in here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,3 +64,31 @@ class Measurement:
             for name in ("train_loss", "val_loss")
             if name in self.metrics
         )
+
+
+SUMMARY_METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    "max_train_accuracy": ("train_accuracy", "max"),
+    "max_val_accuracy": ("val_accuracy", "max"),
+    "min_train_loss": ("train_loss", "min"),
+    "min_val_loss": ("val_loss", "min"),
+    "mean_seconds": ("seconds", "mean"),
+    "mean_val_seconds": ("val_seconds", "mean"),
+}
+"""What is kept of a trial's epochs with its result: name → (epoch metric, how it is put together).
+
+The names that published tables are compared under, beside :data:`FINAL_METRICS`.
+"""
+
+
+def summary(epochs: Sequence[Measurement]) -> dict[str, float]:
+    """:data:`SUMMARY_METRICS` of a trial's epochs, and every metric of the last one."""
+    if not epochs:
+        return {}
+    result = dict(epochs[-1].metrics)
+    for name, (metric, how) in SUMMARY_METRICS.items():
+        series = [epoch.metrics[metric] for epoch in epochs if metric in epoch.metrics]
+        finite = [value for value in series if math.isfinite(value)]
+        if finite:
+            mean = sum(finite) / len(finite)
+            result[name] = {"max": max(finite), "min": min(finite), "mean": mean}[how]
+    return result
