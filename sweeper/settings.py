@@ -32,6 +32,9 @@ WORKER_TAG: Final = "sweeper.worker"
 OUTCOME_TAG: Final = "sweeper.outcome"
 COMMIT_TAG: Final = "mlflow.source.git.commit"
 
+WEIGHTS_FILE: Final = "weights.safetensors"
+WEIGHTS_FOLDER: Final = "weights"
+
 ROLE_TRIAL: Final = "trial"
 ROLE_STUDY: Final = "study"
 
@@ -112,6 +115,11 @@ def masked(url: str) -> str:
 def worker_name() -> str:
     """This process's name among the workers of a store: ``SWEEPER_WORKER`` or host and pid."""
     return os.environ.get("SWEEPER_WORKER") or f"{socket.gethostname()}-{os.getpid()}"
+
+
+def local_worker_name(index: int) -> str:
+    """The name of the ``index``-th worker that this process starts on this machine."""
+    return f"{socket.gethostname()}-{os.getpid()}-{index}"
 
 
 def run_name(trial_number: int) -> str:

@@ -16,6 +16,7 @@ EXPERIMENT: Final = "sweeper.experiment"
 TRACKING: Final = "sweeper.tracking"
 
 # of a trial, written when it is enqueued
+TICKET: Final = "sweeper.ticket"
 FIXED: Final = "sweeper.fixed"
 SET: Final = "sweeper.set"
 REFERENCE: Final = "sweeper.reference"

@@ -19,7 +19,10 @@ a worker that comes back from the dead finds its trial finished and cannot write
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,8 +48,13 @@ _ERROR_CHARACTERS: Final = 8000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ticket:
-    """A trial to enqueue: nothing fixed (the sampler decides), or exactly these values."""
+    """A trial that the study is to have.
 
+    ``values`` None: the sampler decides; otherwise exactly these. ``key`` says which trial of the
+    plan it is; only tickets of the sampler share one.
+    """
+
+    key: str
     values: Mapping[str, Any] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +81,7 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
         else []
     )
     result = [
-        Ticket(values=trial.params, attributes={attr.REFERENCE: index})
+        Ticket(key=f"reference/{index}", values=trial.params, attributes={attr.REFERENCE: index})
         for index, trial in enumerate(published)
     ]
     match spec.search.sampler:
@@ -81,30 +89,41 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
             return result
         case Grid():
             taken = [spec.trial_config(trial.params) for trial in published]
-            points = [Ticket(values=point) for point in grid(spec.parameters)]
+            points = [
+                Ticket(key="grid/" + json.dumps(point, sort_keys=True), values=point)
+                for point in grid(spec.parameters)
+            ]
             return result + [
                 ticket for ticket in points if spec.trial_config(ticket.values or {}) not in taken
             ]
-    free = Ticket() if spec.parameters else Ticket(values={})
+    free = Ticket(key="sampler", values=None if spec.parameters else {})
     return result + [free] * (spec.search.trials or 1)
 
 
 def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]) -> int:
     """Enqueue those of ``planned`` that the study does not have yet; the number enqueued.
 
-    Call it under :meth:`Store.exclusively`. Trials are counted, not compared: the plan of a study
-    only ever grows at its end.
+    Call it under :meth:`Store.exclusively`.
     """
-    have = len(current(store.storage.get_all_trials(study_id, deepcopy=False)))
-    missing = planned[have:]
-    for ticket in missing:
+    trials = current(store.storage.get_all_trials(study_id, deepcopy=False))
+    have = Counter(trial.user_attrs.get(attr.TICKET) for trial in trials)
+    enqueued = 0
+    for ticket in planned:
+        if have[ticket.key] > 0:
+            have[ticket.key] -= 1
+            continue
         store.storage.create_new_trial(study_id, _waiting(spec, ticket))
-    return len(missing)
+        enqueued += 1
+    return enqueued
 
 
 def _waiting(spec: StudySpec, ticket: Ticket) -> FrozenTrial:
     """Values that the sampler could have drawn become the trial's parameters, the rest ``SET``."""
-    attributes: dict[str, Any] = {attr.ATTEMPT: 1, **ticket.attributes}
+    attributes: dict[str, Any] = {
+        attr.TICKET: ticket.key,
+        attr.ATTEMPT: 1,
+        **ticket.attributes,
+    }
     if ticket.values is None:
         return create_trial(state=TrialState.WAITING, user_attrs=attributes)
     inside = {
@@ -258,6 +277,19 @@ def lose_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
     ]
 
 
+def return_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
+    """Put the running trials of a worker that was ended on purpose back; their numbers."""
+    returned = []
+    for trial in store.storage.get_all_trials(
+        study_id, deepcopy=False, states=(TrialState.RUNNING,)
+    ):
+        if trial.user_attrs.get(attr.WORKER) == worker:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                returned.append(trial.number)
+    return returned
+
+
 def _lose(store: Store, trial_id: int) -> bool:
     try:
         store.storage.set_trial_user_attr(trial_id, attr.OUTCOME, str(Outcome.LOST))
@@ -321,7 +353,7 @@ RETRIED_NAMES: Final = frozenset(str(outcome) for outcome in attr.RETRIED)
 
 
 def _successor(trial: FrozenTrial) -> FrozenTrial:
-    kept = (attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID)
+    kept = (attr.TICKET, attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID)
     known = trial.user_attrs
     return create_trial(
         state=TrialState.WAITING,

@@ -44,7 +44,10 @@ def names(store: Store) -> list[str]:
 
 
 def create(store: Store, spec: StudySpec) -> StoredStudy | None:
-    """Create the study of ``spec``, or None where one of this name is there already."""
+    """Create the study of ``spec``, or None where one of this name is there already.
+
+    What a crash left half created is completed. Call it under :meth:`Store.exclusively`.
+    """
     with reaching(store.url):
         try:
             study = optuna.create_study(
@@ -52,9 +55,11 @@ def create(store: Store, spec: StudySpec) -> StoredStudy | None:
                 storage=store.storage,
                 directions=[objective.direction for objective in spec.objective],
             )
+            study.set_user_attr(attr.CREATED, time.time())
         except DuplicatedStudyError:
-            return None
-        study.set_user_attr(attr.CREATED, time.time())
+            study = optuna.load_study(study_name=spec.name, storage=store.storage)
+            if attr.SPEC in study.user_attrs or attr.CREATED not in study.user_attrs:
+                return None
         study.set_user_attr(attr.CONTROL, str(Control.RUN))
         study.set_user_attr(attr.SPEC, spec.stored())  # last: without it the study is nobody's
     return load(store, spec.name)
