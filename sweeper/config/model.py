@@ -169,6 +169,13 @@ class Timm(_Model):
     pretrained: bool = False
     image_size: int | None = Field(default=None, ge=8)
 
+    def check(self, shape: DataShape) -> None:
+        if self.pretrained and self.init != "default":
+            raise ValueError(
+                "init must be default where pretrained is true, because it would overwrite the "
+                f"pretrained weights, but got init={self.init}"
+            )
+
 
 class Svm(_Model):
     """Report R1a's baseline: scikit-learn's RBF support vector machine, one measurement."""

@@ -1,0 +1,117 @@
+"""The models: one file a family, one dictionary of them, and :func:`build`.
+
+A model maps float images x_BCHW [B, channels, height, width] to logits [B, classes]. The support
+vector machine is none of them; see :mod:`sweeper.models.svm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from sweeper.config.data import DataShape
+from sweeper.config.model import Custom as CustomConfig
+from sweeper.config.model import ModelConfig
+from sweeper.config.model import Svm as SvmConfig
+from sweeper.config.model import Timm as TimmConfig
+from sweeper.errors import UsageError
+from sweeper.models.cnn import Cnn
+from sweeper.models.custom import check_custom, custom
+from sweeper.models.init import initialise
+from sweeper.models.mixer import Mixer
+from sweeper.models.mlp import Mlp
+from sweeper.models.resnet import resnet18
+from sweeper.models.timm import timm_model
+from sweeper.models.vit import Vit, sinusoidal_encoding
+
+__all__ = ["MODELS", "build", "check_custom", "parameter_count", "sinusoidal_encoding"]
+
+MODELS: Final[dict[str, Callable[[Any, DataShape], nn.Module]]] = {
+    "mlp": Mlp,
+    "mixer": Mixer,
+    "cnn": Cnn,
+    "resnet18": resnet18,
+    "vit": Vit,
+    "timm": timm_model,
+}
+"""By the ``name`` of the configuration, which each of them takes with the shape of the data."""
+
+
+def build(config: ModelConfig, shape: DataShape, *, seed: int | None = None) -> nn.Module:
+    """Build a model for data of ``shape`` on torch's current default device.
+
+    Weights are drawn on the CPU, so a seed gives the same ones on every device, and the state of
+    the caller's random generators is left as it was; without ``seed`` the CPU's generator is used
+    as it stands. Under ``torch.device("meta")`` nothing is drawn and no pretrained weights loaded.
+
+    Raises UsageError where the configuration does not fit the data, MissingExtraError where timm
+    is needed and not installed, OutOfReachError where pretrained weights cannot be had.
+    """
+    if isinstance(config, SvmConfig):
+        raise UsageError(
+            "model.name svm is fitted by sweeper.models.svm.SvmModel; it is no torch module"
+        )
+    try:
+        config.check(shape)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+    device = torch.get_default_device()
+    with ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.default_generator.manual_seed(seed)
+        stack.enter_context(torch.device("meta" if device.type == "meta" else "cpu"))
+        model = _construct(config, shape)
+        initialise(model, config.init)
+    return model if device.type == "meta" else model.to(device)
+
+
+def parameter_count(config: ModelConfig, shape: DataShape) -> int:
+    """How many numbers training changes; 0 for a support vector machine.
+
+    Counted on the meta device, without memory or random numbers. A model of your own that cannot
+    be built there is built on the CPU. Raises what :func:`build` raises.
+    """
+    if isinstance(config, SvmConfig):
+        return 0
+    try:
+        with torch.device("meta"):
+            model = build(config, shape)
+    except UsageError:
+        if not isinstance(config, CustomConfig):
+            raise
+        with torch.device("cpu"):
+            model = build(config, shape, seed=0)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _construct(config: ModelConfig, shape: DataShape) -> nn.Module:
+    if isinstance(config, CustomConfig):
+        model = custom(config, shape)
+        _check_output(model, config.name, shape)
+        return model
+    model = MODELS[config.name](config, shape)
+    if isinstance(config, TimmConfig):
+        _check_output(model, config.architecture, shape)
+    return model
+
+
+def _check_output(model: nn.Module, name: str, shape: DataShape) -> None:
+    """Raise UsageError unless two blank images of ``shape`` give logits [2, classes]."""
+    images_BCHW = torch.zeros(2, shape.channels, shape.height, shape.width)
+    training = model.training
+    model.eval()
+    must = f"model {name} must map images {list(images_BCHW.shape)} to logits [2, {shape.classes}]"
+    try:
+        with torch.no_grad():
+            logits = model(images_BCHW)
+    except Exception as error:
+        raise UsageError(f"{must}, but raised {type(error).__name__}: {error}") from error
+    model.train(training)
+    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != [2, shape.classes]:
+        raise UsageError(f"{must}, but it gave {found}")

@@ -1,0 +1,69 @@
+"""MLP-Mixer with the variants of reports R0, R2, R3 and R4.4.
+
+Source: Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", 2021, arXiv:2105.01601.
+With the defaults of the configuration it has, for a 32x32 colour image and ten classes,
+``3Cp² + C + blocks·[(32/p)²·(C+1) + 8C² + 19C/2] + 2C + 10C + 10`` parameters (R4.4).
+
+Shapes: B batch, C embedding width, N patches, p side of a patch, H and W of the image.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sweeper.config.data import DataShape
+from sweeper.config.model import Mixer as MixerConfig
+from sweeper.config.model import hidden_width
+from sweeper.models.layers import PatchEmbedding, TwoLayerMlp, token_norm
+
+
+class MixerBlock(nn.Module):
+    """Norm, MLP across patches, then norm, MLP across features; each with a residual, or none.
+
+    ``token_mlp.up.weight`` [hidden, N] holds one picture of the image's patches a row: what R4.6
+    draws of the first block.
+    """
+
+    def __init__(self, config: MixerConfig, patches: int) -> None:
+        super().__init__()
+        width = config.embed_dim
+
+        def mlp(size: int, hidden: int | str) -> TwoLayerMlp:
+            return TwoLayerMlp(
+                size,
+                hidden_width(hidden, embed_dim=width, patches=patches),
+                activation=config.activation,
+                dropout=config.dropout,
+                dropout_at=config.dropout_at,
+            )
+
+        self.skip = config.skip
+        self.token_norm = token_norm(config.norm, width)
+        self.token_mlp = mlp(patches, config.token_hidden)
+        self.channel_norm = token_norm(config.norm, width)
+        self.channel_mlp = mlp(width, config.channel_hidden)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        y_BNC: Tensor = self.token_mlp(self.token_norm(x_BNC).transpose(1, 2)).transpose(1, 2)
+        x_BNC = x_BNC + y_BNC if self.skip else y_BNC
+        y_BNC = self.channel_mlp(self.channel_norm(x_BNC))
+        return x_BNC + y_BNC if self.skip else y_BNC
+
+
+class Mixer(nn.Module):
+    """Patches, blocks, norm, mean over patches, linear: x_BCHW -> logits [B, classes]."""
+
+    def __init__(self, config: MixerConfig, shape: DataShape) -> None:
+        super().__init__()
+        patches = (shape.height // config.patch) * (shape.width // config.patch)
+        self.stem = PatchEmbedding(shape.channels, config.patch, config.embed_dim)
+        self.stem_norm = token_norm(config.stem_norm, config.embed_dim)
+        self.blocks = nn.Sequential(*(MixerBlock(config, patches) for _ in range(config.blocks)))
+        self.norm = token_norm(config.final_norm, config.embed_dim)
+        self.head = nn.Linear(config.embed_dim, shape.classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BNC = self.stem_norm(self.stem(x_BCHW))
+        x_BNC = self.norm(self.blocks(x_BNC))
+        logits: Tensor = self.head(x_BNC.mean(dim=1))
+        return logits
