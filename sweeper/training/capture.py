@@ -1,0 +1,110 @@
+"""The whole training step as one CUDA graph.
+
+A small model spends its time on launching kernels: 5 to 8 µs each, 100 to 300 of them a step. A
+graph launches all of them at once. What torch asks for (notes on CUDA semantics, "CUDA Graphs"):
+
+- Everything that a replay reads or writes keeps its address: parameters, buffers and optimizer
+  state do anyway; the learning rate is a tensor; the batch's positions come from a permutation and
+  a counter that live on the device (`sweeper.training.inputs.Order`).
+- The capture begins without gradients, so the backward pass allocates them in the graph's own
+  memory and a replay overwrites them instead of adding to them. An eager step in between (the
+  last, smaller batch of an epoch) may replace ``.grad`` by gradients of its own.
+- Some steps run before, on the stream that captures, so that nothing is initialized lazily during
+  the capture. Here they leave no trace: `sweeper.training.state` puts everything back.
+- The host must not wait for the device. The last of these steps runs with torch's check for that,
+  so that a model that does is found before the capture, which could not be undone as cleanly.
+- Random kernels read torch's default generator, which every capture knows. A replay advances it as
+  eager steps would, and it may be seeded between replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from sweeper.errors import SweeperError
+
+
+class CaptureError(SweeperError):
+    """The training step cannot be captured as a CUDA graph."""
+
+
+class CapturedStep:
+    """``step`` as a CUDA graph on ``device``.
+
+    ``step`` is run some times and captured. ``undo`` puts back everything that a step changes, in
+    place, and frees the gradients; nothing is left of the steps afterwards. Raises CaptureError
+    with the reason where the step cannot be captured; training may then go on eagerly.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], None],
+        *,
+        undo: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(device):
+                self._capture(step, undo)
+        except RuntimeError as error:  # torch's CUDA errors, out of memory included, derive from it
+            undo()
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CaptureError(f"the training step cannot be captured: {reason}") from error
+
+    def _capture(self, step: Callable[[], None], undo: Callable[[], None]) -> None:
+        # thread_local: other threads (heartbeat, tracker) stay free to do as they like.
+        capturing = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        stream = capturing.capture_stream
+        if stream is None:
+            raise CaptureError("torch has no stream to capture on")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for last in (False, False, True):
+                try:
+                    with _waiting_forbidden() if last else contextlib.nullcontext():
+                        step()
+                finally:
+                    undo()
+        torch.cuda.current_stream().wait_stream(stream)
+        # A collected cycle could free CUDA memory or another graph in the middle of a capture.
+        with _no_garbage_collection(), capturing:
+            step()
+
+    def replay(self) -> None:
+        """Queue one step; returns at once."""
+        self._graph.replay()
+
+    def close(self) -> None:
+        """Free the graph and its memory. Waits for the device."""
+        torch.cuda.synchronize()
+        self._graph.reset()
+
+
+@contextlib.contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    """Let every operation that waits for the device raise RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that this mode does not find everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,57 @@
+"""Everything that changes while a model trains, as plain tensors on the CPU, and back.
+
+Two readers: a checkpoint, and the warm-up of a CUDA graph, whose steps must leave no trace.
+Only tensors, numbers, strings, lists and dicts occur, so ``torch.load(weights_only=True)`` reads
+it. Gradients and generators are not part of it: a step begins without gradients, and every epoch
+seeds its own random numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of ``model``, running statistics included, copied to the CPU."""
+    return {name: _copied(value) for name, value in model.state_dict().items()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The state of every parameter by its position, copied to the CPU; no hyper-parameters."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        position: {
+            name: _copied(value) if isinstance(value, Tensor) else value
+            for name, value in of_parameter.items()
+        }
+        for position, of_parameter in state.items()
+    }
+
+
+@torch.no_grad()
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Put ``saved`` back, in place where the optimizer has state, as a CUDA graph needs it.
+
+    State that ``saved`` lacks becomes zero: all optimizers here begin with zeros, and SGD's first
+    momentum is the gradient, which a buffer of zeros makes as well.
+    """
+    if not optimizer.state:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for position, parameter in enumerate(parameters):
+        before = saved.get(position, {})
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                if name in before:
+                    value.copy_(before[name])
+                else:
+                    value.zero_()
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
