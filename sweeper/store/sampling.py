@@ -180,3 +180,18 @@ def _suggest(trial: optuna.Trial, path: str, options: BaseDistribution) -> Any:
             path, options.low, options.high, step=options.step, log=options.log
         )
     raise TypeError(f"no way to suggest {type(options).__name__}")
+
+
+def preview(spec: StudySpec, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` points that the sampler would draw in an empty study.
+
+    They are what trials 0, 1, … get, as long as the sampler has no results to learn from.
+    """
+    study = optuna.create_study(
+        directions=[objective.direction for objective in spec.objective], pruner=pruner(spec)
+    )
+    points = []
+    for number in range(count):
+        study.sampler = sampler(spec, number)
+        points.append(draw(spec, study.ask()))
+    return points

@@ -1,0 +1,53 @@
+"""The command line. Each command parses, calls one function, and prints.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 no trial succeeded, 2 wrong
+usage or file, 3 store or tracker out of reach, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sweeper.cli import files, launch, servers, show
+from sweeper.errors import SweeperError
+
+app = typer.Typer(
+    name="sweeper",
+    help="Hyper-parameter sweeps: Optuna samples, GPU workers train, MLflow keeps every run.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("launch")(launch.launch)
+app.command("validate")(files.validate)
+app.command("plan")(files.plan)
+app.command("init")(files.init)
+app.command("schema")(files.schema)
+app.command("status")(show.status)
+app.command("trials")(show.trials)
+app.command("best")(show.best)
+app.command("pause")(show.pause)
+app.command("resume")(show.resume)
+app.command("stop")(show.stop)
+app.command("cancel")(show.cancel)
+app.command("retry")(show.retry)
+app.command("ui")(servers.ui)
+app.command("sync")(servers.sync)
+app.command("doctor")(servers.doctor)
+app.command("worker")(servers.worker)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes a message and an exit code."""
+    try:
+        app()
+    except SweeperError as error:
+        sys.stderr.write(f"sweeper: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

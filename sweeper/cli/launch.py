@@ -1,0 +1,248 @@
+"""``sweeper launch``: from a study file to the best trial."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import typer
+
+from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
+from sweeper.errors import UsageError
+from sweeper.settings import Settings
+
+if TYPE_CHECKING:
+    from sweeper.controller import Sweep
+    from sweeper.store import Standing
+    from sweeper.study.spec import StudySpec
+
+_POLL_S: Final = 0.5
+_LEAVE_S: Final = 60.0
+
+
+def launch(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Study files.")],
+    set_: SetOption = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Number of trials, instead of the file's.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of workers. [default: as the file says]")
+    ] = None,
+    launcher: Annotated[
+        Literal["local"], typer.Option(help="Where workers are started.")
+    ] = "local",
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Run the published configurations first.")
+    ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Add to the budget of a study that is there.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Enqueue the trials only; other workers train them.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")
+    ] = False,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Run a study: validate it, create or resume it, train its trials, name the best."""
+    from sweeper.study.parse import load
+
+    overrides = [*(set_ or []), *([f"search.trials={trials}"] if trials else [])]
+    specs = [load(file, overrides) for file in files]
+    if len({spec.name for spec in specs}) < len(specs):
+        raise UsageError("every study must have a name of its own, but two files share one")
+    if dry_run:
+        _dry_run(specs, reference=reference, json_=json_)
+        return
+    settings = Settings.resolve(home=home, store=store)
+    if detach:
+        _detach(specs, settings, reference=reference, extend=extend)
+        return
+    results = [
+        _run(spec, settings, workers=workers, reference=reference, extend=extend) for spec in specs
+    ]
+    if json_:
+        from sweeper.cli.printing import print_json
+
+        print_json(results[0] if len(results) == 1 else results)
+    if any(result["best"] is None for result in results):
+        raise typer.Exit(1)
+
+
+def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
+    from sweeper.cli.planning import print_plan, public, summary_line, survey
+    from sweeper.cli.printing import print_json
+
+    surveys = [survey(spec, with_reference=reference) for spec in specs]
+    if json_:
+        found = [public(surveyed) for surveyed in surveys]
+        print_json(found[0] if len(found) == 1 else found)
+    elif len(surveys) == 1:
+        print_plan(surveys[0])
+    else:
+        sys.stdout.write("".join(summary_line(surveyed) + "\n" for surveyed in surveys))
+
+
+def _detach(specs: list[StudySpec], settings: Settings, *, reference: bool, extend: bool) -> None:
+    from sweeper.controller import prepare
+    from sweeper.store import open_store
+
+    opened = open_store(settings.store_url)
+    for spec in specs:
+        prepared = prepare(opened, spec, with_reference=reference, extend=extend)
+        sys.stderr.write(f"{spec.name}: {prepared.enqueued} trials are waiting for workers\n")
+
+
+class _Interrupts:
+    """INT and TERM, counted, while the context lasts."""
+
+    def __enter__(self) -> _Interrupts:
+        self.count = 0
+        self._before = {
+            number: signal.signal(number, self._received)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def _received(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _run(
+    spec: StudySpec, settings: Settings, *, workers: int | None, reference: bool, extend: bool
+) -> dict[str, Any]:
+    """One study, from its spec to its result."""
+    from sweeper.cli.view import view
+    from sweeper.controller import Sweep, prepare
+    from sweeper.launchers import LocalLauncher, automatic_workers
+    from sweeper.report.publish import publish
+    from sweeper.store import open_store, standing
+    from sweeper.tracking import tracking
+
+    began = time.monotonic()
+    opened = open_store(settings.store_url)
+    prepared = prepare(opened, spec, with_reference=reference, extend=extend)
+    if not prepared.new:
+        sys.stderr.write(f"{spec.name}: resumed, {prepared.enqueued} trials added\n")
+    wanted = workers or spec.resources.workers
+    count = automatic_workers(spec.resources.gpus_per_worker) if wanted == "auto" else int(wanted)
+    with _Interrupts() as interrupts, tracking(settings) as service:
+        sweep = Sweep(
+            store=opened,
+            settings=settings,
+            study=prepared.study,
+            launcher=LocalLauncher(),
+            workers=count,
+            environment={"MLFLOW_TRACKING_URI": service.uri},
+        )
+        try:
+            with view(service.uri) as shown:
+                _watch(sweep, interrupts, shown, service)
+        finally:
+            _leave(sweep)
+        if interrupts.count:
+            _say_interrupted(spec, standing(opened, prepared.study))
+            raise typer.Exit(130)
+        publish(opened, prepared.study, settings, service.uri)
+        service.replay()
+        experiment_id = service.experiment_id(spec.name)
+    now = standing(opened, prepared.study)
+    result = _result(now, settings, experiment_id, time.monotonic() - began)
+    _say_result(now, settings)
+    return result
+
+
+def _watch(sweep: Sweep, interrupts: _Interrupts, shown: Any, service: Any) -> None:
+    """Look after the sweep until it is over, interrupted, or stopped from elsewhere."""
+    from sweeper.store import standing
+
+    if not standing(sweep.store, sweep.study).over:
+        sweep.start()
+    while True:
+        note = service.look_after()
+        if interrupts.count and not sweep.stopping:
+            sweep.stop()
+        if sweep.stopping:
+            note = "stopping after the running epochs; once more (Ctrl-C) stops at once"
+        now = sweep.tick()
+        alive = len(sweep.alive)
+        shown.show(now, alive, note)
+        if interrupts.count > 1 or now.over or not alive:
+            return
+        time.sleep(_POLL_S)
+
+
+def _leave(sweep: Sweep) -> None:
+    """Wait for workers that are about to end, and leave none behind."""
+    from sweeper.store import standing
+
+    until = time.monotonic() + _LEAVE_S
+    over = standing(sweep.store, sweep.study).over
+    while over and sweep.alive and time.monotonic() < until:
+        time.sleep(0.1)
+    if sweep.alive:
+        sweep.stop(now=True)
+
+
+def _say_interrupted(spec: StudySpec, now: Standing) -> None:
+    sys.stderr.write(
+        f"interrupted with {now.ended} of {now.budget} trials of {spec.name} ended; "
+        "launch it again to go on\n"
+    )
+
+
+def _result(
+    now: Standing, settings: Settings, experiment_id: str | None, seconds: float
+) -> dict[str, Any]:
+    """What ``launch --json`` prints."""
+    best = now.best
+    return {
+        "study": now.spec.name,
+        "trials": now.counts,
+        "best": None
+        if best is None
+        else {
+            "number": best.number,
+            "params": dict(best.params),
+            "metrics": dict(best.metrics),
+            "values": list(best.values),
+        },
+        "tracking_uri": settings.tracking_uri or settings.embedded_tracking_uri,
+        "experiment_id": experiment_id,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _say_result(now: Standing, settings: Settings) -> None:
+    from sweeper.cli.printing import err, number, text
+
+    console = err()
+    counts = ", ".join(f"{count} {state}" for state, count in now.counts.items() if count)
+    console.print(f"\n[bold]{now.spec.name}[/]: {counts}")
+    best = now.best
+    if best is None:
+        failed = next((row.error for row in now.rows if row.error), None)
+        reason = "" if failed is None else ": " + failed.strip().splitlines()[-1]
+        console.print("no trial completed" + reason, markup=False)
+        return
+    metric = now.spec.objective[0].metric
+    line = f"best: trial {best.number}, {metric} {number(best.values[0])}"
+    if "test_accuracy" in best.metrics:
+        line += f", test accuracy {number(best.metrics['test_accuracy'])}"
+    console.print(line, style="green")
+    for path, value in best.params.items():
+        console.print(f"  {path} = {text(value)}")
+    where = settings.tracking_uri or "run: sweeper ui"
+    console.print(f"compare the runs in MLflow ({where})")

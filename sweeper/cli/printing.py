@@ -1,0 +1,112 @@
+"""How values are shown to people, and JSON to programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sweeper.store import TrialRow
+from sweeper.study.spec import StudySpec
+
+STATE_STYLE = {
+    "complete": "green",
+    "pruned": "yellow",
+    "failed": "red",
+    "running": "cyan",
+    "waiting": "dim",
+    "retried": "dim",
+}
+
+
+def out() -> Console:
+    """Where results go."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err() -> Console:
+    """Where everything else goes."""
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def print_json(value: Any) -> None:
+    """``value`` as JSON on stdout. NaN and infinity, which JSON does not know, become null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def number(value: float | None) -> str:
+    """A metric with four digits that count."""
+    if value is None:
+        return "–"
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.3g}"
+    return f"{value:.4f}"
+
+
+def text(value: Any) -> str:
+    """A parameter's value, short and safe to print."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return escape(value)
+    return escape(json.dumps(value))
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them: ``48 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def varied(spec: StudySpec, rows: Sequence[TrialRow]) -> list[str]:
+    """The parameters worth a column: those of the space, then others that some trial sets."""
+    extra = sorted({path for row in rows for path in row.params} - set(spec.parameters))
+    return [*spec.parameters, *extra]
+
+
+def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
+    """Trials with their parameters and what they reached."""
+    metric = spec.objective[0].metric
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("state")
+    table.add_column(metric, justify="right")
+    table.add_column("test accuracy", justify="right")
+    paths = varied(spec, rows)
+    for path in paths:
+        table.add_column(path, justify="right")
+    table.add_column("time", justify="right")
+    for row in rows:
+        value = row.values[0] if row.values else row.last_value
+        state = row.outcome if row.state == "failed" and row.outcome else row.state
+        table.add_row(
+            str(row.number),
+            f"[{STATE_STYLE[row.state]}]{state}[/]",
+            number(value),
+            number(row.metrics.get("test_accuracy")),
+            *(text(row.params[path]) if path in row.params else "" for path in paths),
+            duration(row.seconds),
+        )
+    return table

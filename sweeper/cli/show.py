@@ -1,0 +1,163 @@
+"""Commands that look at a study in the store, or ask its workers for something."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sweeper.cli.options import HomeOption, JsonOption, StoreOption, StudyArgument
+from sweeper.errors import UsageError
+from sweeper.settings import Settings
+
+
+def _settings(store: str | None, home: object) -> Settings:
+    return Settings.resolve(home=None if home is None else str(home), store=store)
+
+
+def status(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="One study.")] = None,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show how studies stand: trials by state, the best so far."""
+    from sweeper.cli.printing import number, out, print_json
+    from sweeper.store import open_store, standing, studies
+
+    opened = open_store(_settings(store, home).store_url)
+    found = [
+        standing(opened, studies.load(opened, name))
+        for name in ([study] if study else studies.names(opened))
+    ]
+    if json_:
+        print_json(
+            [
+                {
+                    "study": now.spec.name,
+                    "trials": now.counts,
+                    "budget": now.budget,
+                    "best": None
+                    if now.best is None
+                    else {"number": now.best.number, "values": now.best.values},
+                }
+                for now in found
+            ]
+        )
+        return
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("study", "ended", "complete", "pruned", "failed", "running", "waiting", "best"):
+        table.add_column(column, justify="left" if column == "study" else "right")
+    for now in found:
+        counts = now.counts
+        best = "–" if now.best is None else f"{number(now.best.values[0])} (#{now.best.number})"
+        states = ("complete", "pruned", "failed", "running", "waiting")
+        table.add_row(
+            now.spec.name,
+            f"{now.ended}/{now.budget}",
+            *(str(counts[state]) for state in states),
+            best,
+        )
+    out().print(table if found else "no study in this store yet")
+
+
+def trials(
+    study: StudyArgument,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """List a study's trials, the best first."""
+    from sweeper.cli.printing import out, print_json, trial_table
+    from sweeper.store import open_store, standing, studies
+    from sweeper.tracking import find_run_ids
+
+    settings = _settings(store, home)
+    opened = open_store(settings.store_url)
+    now = standing(opened, studies.load(opened, study))
+    if json_:
+        rows = [row.public() for row in now.rows]
+        if any(row["run_id"] is None and row["state"] != "waiting" for row in rows):
+            known = find_run_ids(settings, study)
+            for row, origin in zip(rows, (row.origin for row in now.rows), strict=True):
+                row["run_id"] = row["run_id"] or known.get(origin)
+        print_json(rows)
+        return
+    ranked = now.leaderboard
+    rest = [row for row in now.rows if row not in ranked]
+    out().print(trial_table(now.spec, [*ranked, *rest], study))
+
+
+def best(
+    study: StudyArgument,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show the best trial: what it reached, and with which configuration."""
+    from sweeper.cli.printing import number, out, print_json, text
+    from sweeper.store import open_store, standing, studies
+
+    opened = open_store(_settings(store, home).store_url)
+    now = standing(opened, studies.load(opened, study))
+    row = now.best
+    if row is None:
+        sys.stderr.write(f"sweeper: no trial of {study!r} has completed yet\n")
+        raise typer.Exit(1)
+    if json_:
+        config = now.spec.trial_config(row.params).model_dump(mode="json")
+        print_json({**row.public(), "values": row.values, "config": config})
+        return
+    console = out()
+    console.print(f"[bold]trial {row.number}[/] of {study}")
+    for objective, value in zip(now.spec.objective, row.values, strict=True):
+        console.print(f"  {objective.metric:<22} {number(value)}  ({objective.direction}d)")
+    for name in ("test_accuracy", "test_loss", "best_epoch"):
+        if name in row.metrics:
+            console.print(f"  {name:<22} {number(row.metrics[name])}")
+    for path, value in row.params.items():
+        console.print(f"  {path:<22} {text(value)}")
+
+
+def _ask(study: str, store: str | None, home: object, what: str, said: str) -> None:
+    from sweeper.store import Control, open_store, studies
+
+    opened = open_store(_settings(store, home).store_url)
+    studies.ask(opened, studies.load(opened, study).id, Control(what))
+    sys.stdout.write(f"{study}: {said}\n")
+
+
+def pause(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
+    """Take no new trial until the study is resumed; running trials go on."""
+    _ask(study, store, home, "pause", "paused; running trials go on to their end")
+
+
+def resume(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
+    """Let the workers of a paused or stopped study take trials again."""
+    _ask(study, store, home, "run", "resumed")
+
+
+def stop(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
+    """Let running trials end, and take no new one."""
+    _ask(study, store, home, "stop", "stopping; running trials go on to their end")
+
+
+def cancel(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
+    """End running trials at their next epoch, and take no new one."""
+    _ask(study, store, home, "cancel", "cancelling; running trials end at their next epoch")
+
+
+def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
+    """Put every failed trial back into the queue."""
+    from sweeper.store import open_store, queue, studies
+
+    opened = open_store(_settings(store, home).store_url)
+    stored = studies.load(opened, study)
+    with opened.exclusively():
+        numbers = queue.retry(opened, stored.id)
+    if not numbers:
+        raise UsageError(f"{study!r} has no failed trial to retry")
+    sys.stdout.write(f"{study}: {len(numbers)} trials are waiting again\n")

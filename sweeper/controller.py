@@ -1,0 +1,206 @@
+"""The controller: create or resume a study, keep its workers alive, look after its trials.
+
+It holds nothing that the store does not: killed at any moment, another one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from sweeper.errors import (
+    OutOfReachError,
+    StudyChangedError,
+    SweeperError,
+    UsageError,
+    WorkersFailedError,
+)
+from sweeper.launchers import Job, Launcher, Process
+from sweeper.settings import Settings
+from sweeper.store import (
+    Control,
+    Outcome,
+    Standing,
+    Store,
+    StoredStudy,
+    queue,
+    standing,
+    studies,
+)
+from sweeper.study.diff import Change, changes
+from sweeper.study.spec import StudySpec
+
+_log = logging.getLogger(__name__)
+
+_QUICK_DEATH_S: Final = 20.0
+_QUICK_DEATHS: Final = 5
+_ALIKE: Final = 3
+_ERRORS: Final[dict[int, type[SweeperError]]] = {2: UsageError, 3: OutOfReachError}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A study with all its trials enqueued. ``new`` is False where it was there before."""
+
+    study: StoredStudy
+    new: bool
+    enqueued: int
+
+
+def prepare(
+    store: Store, spec: StudySpec, *, with_reference: bool = False, extend: bool = False
+) -> Prepared:
+    """Create the study of ``spec`` or resume it, and enqueue what its budget lacks.
+
+    Raises StudyChangedError where the study was started from a spec with other results, and
+    lists what changed. ``extend`` allows more trials.
+    """
+    with store.exclusively():
+        study = studies.create(store, spec)
+        new = study is not None
+        if study is None:
+            known = studies.load(store, spec.name)
+            _refuse(spec.name, changes(known.spec, spec), extend=extend)
+            study = studies.update(store, spec)
+        planned = queue.tickets(spec, with_reference=with_reference)
+        enqueued = queue.fill(store, study.id, spec, planned)
+        queue.reconcile(store, study.id, spec)
+        studies.ask(store, study.id, Control.RUN)
+    return Prepared(study=study, new=new, enqueued=enqueued)
+
+
+def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:
+    """Raise where one of the changes would mix two studies in one."""
+    grave = [change for change in found if not change.harmless]
+    if not grave or (extend and all(change.extends for change in grave)):
+        return
+    listing = "\n".join(f"  {change}" for change in grave)
+    if all(change.extends for change in grave):
+        advice = "run it again with --extend to add to its budget"
+    else:
+        advice = f"give the study a new name (--set name={name}-2), or undo the change"
+    raise StudyChangedError(
+        f"the study {name!r} in the store must be the one in the file, but the file differs:\n"
+        f"{listing}\n{advice}"
+    )
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """A study and the workers that this process keeps for it.
+
+    Call :meth:`start` once, :meth:`tick` every second or so until it says that the sweep is over.
+    """
+
+    store: Store
+    settings: Settings
+    study: StoredStudy
+    launcher: Launcher
+    workers: int
+    environment: dict[str, str] = field(default_factory=dict)
+    stopping: bool = False
+    _buried: set[str] = field(default_factory=set)
+    _quick: int = 0
+    _looked: float = 0.0
+
+    @property
+    def job(self) -> Job:
+        """The command line of one worker."""
+        return Job(
+            argv=[sys.executable, "-m", "sweeper", "worker", self.study.name, "--tied"],
+            environment={**self.settings.environment(), **self.environment},
+            gpus=self.study.spec.resources.gpus_per_worker,
+            logs=self.settings.logs(self.study.name),
+        )
+
+    def start(self) -> None:
+        """Start as many workers as there is work for."""
+        now = standing(self.store, self.study)
+        self.launcher.start(self.job, min(self.workers, now.budget - now.ended))
+
+    @property
+    def alive(self) -> list[Process]:
+        return [process for process in self.launcher.processes() if process.exit_code is None]
+
+    def tick(self) -> Standing:
+        """Look once: bury dead workers, requeue lost trials, replace who is missing.
+
+        Raises:
+            UsageError: a worker found that no trial can run (data, packages).
+            OutOfReachError: a worker cannot reach the store.
+            WorkersFailedError: workers die at once, or all first trials crash alike.
+        """
+        for process in self.launcher.processes():
+            if process.exit_code is not None and process.name not in self._buried:
+                self._bury(process)
+        lost_after_s = self.study.spec.faults.lost_after_s
+        if time.monotonic() - self._looked > min(10.0, lost_after_s / 3):
+            self._looked = time.monotonic()
+            queue.reap(self.store, self.study.id, lost_after_s=lost_after_s)
+            with self.store.exclusively():
+                queue.reconcile(self.store, self.study.id, self.study.spec)
+        now = standing(self.store, self.study)
+        _stop_if_all_alike(now)
+        if not self.stopping and not now.over:
+            work = now.budget - now.ended
+            missing = min(self.workers, work) - len(self.alive)
+            if missing > 0 and self._control is Control.RUN:
+                self.launcher.start(self.job, missing)
+        return now
+
+    @property
+    def _control(self) -> Control:
+        return studies.control(self.store, self.study.id)
+
+    def _bury(self, process: Process) -> None:
+        """Requeue what a dead worker had, and stop the sweep where the next would die too."""
+        self._buried.add(process.name)
+        lost = queue.lose_trials_of(self.store, self.study.id, process.name)
+        if lost:
+            _log.warning("worker %s died with trial %s", process.name, lost)
+            with self.store.exclusively():
+                queue.reconcile(self.store, self.study.id, self.study.spec)
+        if process.exit_code == 0 or self.stopping:
+            self._quick = 0
+            return
+        said = self.launcher.log(process.name)
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        if kind := _ERRORS.get(process.exit_code or 0):
+            raise kind(last.removeprefix("sweeper: "))
+        self._quick = self._quick + 1 if process.lived_s < _QUICK_DEATH_S else 0
+        if self._quick >= _QUICK_DEATHS:
+            raise WorkersFailedError(
+                f"{_QUICK_DEATHS} workers in a row died within {_QUICK_DEATH_S:.0f} s of their "
+                f"start, the last with exit code {process.exit_code}. The end of its log "
+                f"({process.log}):\n{said}"
+            )
+
+    def stop(self, *, now: bool = False) -> None:
+        """End the workers: after their epoch, or at once. Their trials go back to the queue."""
+        self.stopping = True
+        self.launcher.stop(now=now)
+        if now:
+            for process in self.launcher.processes():
+                queue.return_trials_of(self.store, self.study.id, process.name)
+
+
+def _stop_if_all_alike(now: Standing) -> None:
+    """Where the first trials all fail with one message, the rest would too."""
+    ended = [row for row in now.rows if row.state in {"complete", "pruned", "failed"}]
+    if not _ALIKE <= len(ended) <= 2 * _ALIKE:
+        return
+    if any(row.outcome not in {Outcome.CRASHED, Outcome.INVALID} for row in ended):
+        return
+    reasons = Counter(((row.error or "").strip().splitlines() or [""])[-1] for row in ended)
+    reason, count = reasons.most_common(1)[0]
+    if count == len(ended):
+        raise WorkersFailedError(
+            f"the first {count} trials of {now.spec.name!r} all failed in the same way:\n"
+            f"{ended[0].error}\nThe study is stopped. Put that right, then: "
+            f"sweeper retry {now.spec.name}"
+        )

@@ -1,0 +1,132 @@
+"""Samplers and pruners as a study file names them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import optuna
+import pytest
+
+from sweeper.store import sampling
+from sweeper.study.spec import StudySpec
+
+Make = Callable[..., StudySpec]
+SPACE = {
+    "optimizer.name": {"values": ["sgd", "adam"]},
+    "optimizer.momentum": {"low": 0.1, "high": 0.9, "when": {"optimizer.name": "adam"}},
+    "optimizer.lr": {"low": 1.0e-4, "high": 0.1, "log": True},
+    "train.batch_size": {"low": 32, "high": 128, "step": 32},
+    "data.augment": {"values": [[], ["flip"]]},
+}
+SAMPLERS = ["tpe", "random", "grid", "qmc", "gp", "cmaes", "nsga2"]
+
+
+def run(spec: StudySpec, trials: int) -> optuna.Study:
+    study = optuna.create_study(direction="maximize", pruner=sampling.pruner(spec))
+    for number in range(trials):
+        study.sampler = sampling.sampler(spec, number)
+        trial = study.ask()
+        values = sampling.draw(spec, trial)
+        study.tell(trial, -((math.log10(values["optimizer.lr"]) + 2) ** 2))
+    return study
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_draws_points_of_the_space(spec: Make, name: str) -> None:
+    found = spec(search={"sampler": name, "trials": 14, "seed": 3}, parameters=SPACE)
+    study = run(found, 14)
+    for trial in study.trials:
+        values = sampling.decoded(found, trial.params)
+        found.trial_config(values)
+        assert ("optimizer.momentum" in values) is (values["optimizer.name"] == "adam")
+        assert values["data.augment"] in ([], ["flip"])
+        assert values["train.batch_size"] in (32, 64, 96, 128)
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc", "gp", "cmaes", "nsga2"])
+def test_a_seed_decides_the_points(spec: Make, name: str) -> None:
+    def points(seed: int) -> list[dict[str, object]]:
+        found = spec(search={"sampler": name, "trials": 12, "seed": seed}, parameters=SPACE)
+        return [trial.params for trial in run(found, 12).trials]
+
+    assert points(1) == points(1)
+    assert points(1) != points(2)
+
+
+def test_trials_with_one_seed_draw_different_points(spec: Make) -> None:
+    found = spec(search={"sampler": "random", "trials": 20}, parameters=SPACE)
+    rates = [trial.params["optimizer.lr"] for trial in run(found, 20).trials]
+    assert len(set(rates)) == 20
+
+
+def test_tpe_finds_the_better_region(spec: Make) -> None:
+    found = spec(search={"sampler": "tpe", "trials": 40, "seed": 0}, parameters=SPACE)
+    study = run(found, 40)
+    early = [abs(math.log10(trial.params["optimizer.lr"]) + 2) for trial in study.trials[:10]]
+    late = [abs(math.log10(trial.params["optimizer.lr"]) + 2) for trial in study.trials[-10:]]
+    assert sum(late) < 0.75 * sum(early)
+
+
+def prunes(spec: StudySpec, curves: list[list[float]]) -> list[int | None]:
+    """The epoch after which each curve is pruned, or None."""
+    study = optuna.create_study(
+        direction="maximize", pruner=sampling.pruner(spec), study_name="brackets"
+    )
+    ends: list[int | None] = []
+    for curve in curves:
+        trial = study.ask()
+        end = None
+        for epoch, value in enumerate(curve, 1):
+            trial.report(value, epoch)
+            if epoch < len(curve) and trial.should_prune():
+                end = epoch
+                break
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED) if end else study.tell(
+            trial, curve[-1]
+        )
+        ends.append(end)
+    return ends
+
+
+GOOD = [[0.5 + 0.01 * epoch for epoch in range(27)]] * 9
+BAD = [[0.2 - 0.001 * epoch for epoch in range(27)]]
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        {"name": "median", "min_epochs": 3},
+        {"name": "asha", "min_epochs": 3},
+        {"name": "hyperband", "min_epochs": 3},
+        {"name": "patient", "patience": 4},
+        {"name": "threshold", "lower": 0.3, "min_epochs": 3},
+    ],
+)
+def test_every_pruner_ends_the_bad_trial_and_keeps_good_ones(
+    spec: Make, pruner: dict[str, object]
+) -> None:
+    found = spec(search={"trials": 10, "pruner": pruner}, train={"epochs": 27})
+    ends = prunes(found, GOOD + BAD * 4)
+    pruned = [end for end in ends[9:] if end]
+    assert pruned  # hyperband lets some brackets run to their end
+    assert min(pruned) >= 3
+    if pruner["name"] in {"median", "patient", "threshold"}:
+        assert len(pruned) == 4
+        assert ends[:9] == [None] * 9
+
+
+def test_no_pruner_never_prunes(spec: Make) -> None:
+    assert prunes(spec(), GOOD + BAD) == [None] * 10
+
+
+def test_max_epochs_follows_a_parameter(spec: Make) -> None:
+    assert sampling.max_epochs(spec(train={"epochs": 7})) == 7
+    assert sampling.max_epochs(spec(parameters={"train.epochs": {"values": [2, 12]}})) == 12
+    assert sampling.max_epochs(spec(parameters={"train.epochs": {"low": 2, "high": 9}})) == 9
+
+
+def test_preview_is_what_the_first_trials_draw(spec: Make) -> None:
+    found = spec(search={"trials": 5, "seed": 4}, parameters=SPACE)
+    drawn = [sampling.decoded(found, trial.params) for trial in run(found, 5).trials]
+    assert sampling.preview(found, 5) == drawn
