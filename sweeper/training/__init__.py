@@ -13,6 +13,7 @@ from sweeper.errors import UsageError
 from sweeper.training.base import Interrupt, Interrupted, Training, TrainingClosedError
 from sweeper.training.capture import CaptureError
 from sweeper.training.device import best_device, resolved
+from sweeper.training.estimate import estimate_s
 from sweeper.training.loop import NetworkTraining
 from sweeper.training.svm import SvmTraining
 
@@ -23,6 +24,7 @@ __all__ = [
     "Training",
     "TrainingClosedError",
     "best_device",
+    "estimate_s",
     "prepare",
 ]
 

@@ -65,7 +65,7 @@ class Engine:
         self.inputs = self._step.inputs
         self._order = Order(len(self.inputs), batch_size=train.batch_size, device=device)
         self._graph: CapturedStep | None = None
-        self.graph = self._capture()
+        self.graph = self._made_ready()
 
     def parameters(self) -> int:
         """How many numbers are trained."""
@@ -169,20 +169,12 @@ class Engine:
             totals=Totals(self._device),
         )
 
-    def _capture(self) -> str:
-        """Make the step a CUDA graph if that is wanted and works; what came of it."""
-        wanted, reason = self._config.train.graph, self._eager_because()
-        try:
-            if reason is not None:
-                raise CaptureError(reason)
-            self._graph = self._captured()
-        except CaptureError as error:
-            if wanted == "on":
-                raise
-            return f"not used: {error}"
-        return "captured"
+    def _made_ready(self) -> str:
+        """Make the step a CUDA graph if that is wanted and works; what came of it.
 
-    def _captured(self) -> CapturedStep:
+        Compiling happens here too, so that no epoch's time contains it.
+        """
+        wanted, reason = self._config.train.graph, self._eager_because()
         step, order, before = self._step, self._order, self.state()
 
         def run() -> None:
@@ -197,7 +189,19 @@ class Engine:
         set_lr(step.optimizer, self._config.optimizer.lr)
         self.model.train()
         with repeatable(self._device), noise(self._device, 0):
-            return CapturedStep(run, undo=undo, device=self._device)
+            try:
+                if reason is not None:
+                    raise CaptureError(reason)
+                self._graph = CapturedStep(run, undo=undo, device=self._device)
+                return "captured"
+            except CaptureError as error:
+                if wanted == "on":
+                    raise
+                outcome = f"not used: {error}"
+            if self._config.train.compile == "on" and order.full:
+                run()
+                undo()
+        return outcome
 
     def _eager_because(self) -> str | None:
         """Why a capture need not be tried."""

@@ -1,0 +1,106 @@
+"""How long a trial takes here, from a few of its own steps on random images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from sweeper.config import DataConfig, DataShape, TrialConfig, shape_of
+from sweeper.config.data import Circles, ImageFolder
+from sweeper.config.model import Svm, Timm
+from sweeper.data import Augment, Dataset, Part, Standardize
+from sweeper.training.device import best_device
+from sweeper.training.engine import Engine
+
+_IMAGES: Final = {
+    "digits": 1437,
+    "mnist": 60_000,
+    "fashion_mnist": 60_000,
+    "kmnist": 60_000,
+    "cifar10": 50_000,
+}
+"""Training images of the known data sets, those held out for validation included."""
+
+_BATCHES: Final = {"cpu": 1, "cuda": 20}
+
+
+def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> float | None:
+    """Seconds that training and validation of one trial take on ``device`` (None: the best one).
+
+    Measured with random images of the right shape, so no data are needed: some batches of training
+    (on a CPU one, of at most 128 images) after as many that warm up, and some of validation,
+    scaled to the size of the data set and the number of epochs. Loading data, the test set and
+    compilation come on top. None where the size of the data is unknown, and for a support vector
+    machine, whose time does not grow with its data in proportion.
+    """
+    device = best_device() if device is None else device
+    shape, images = shape_of(config.data), _images(config.data)
+    if shape is None or not images or isinstance(config.model, Svm):
+        return None
+    config = _without_pretrained_weights(config)
+    batch = min(config.train.batch_size, images, 128 if device.type == "cpu" else images)
+    train = config.train.model_copy(update={"batch_size": batch})
+    config = config.model_copy(update={"train": train})
+    dataset = _random(config.data, shape, batch * _BATCHES.get(device.type, 1), device)
+    engine = Engine(config, dataset=dataset, device=device)
+    try:
+        validation = engine.part(dataset.val)
+        for epoch in (1, 2):  # the first one warms up
+            trained = engine.train(epoch=epoch, lr=config.optimizer.lr, before_batch=_nothing)
+            validated = engine.evaluate(validation, _nothing)
+    finally:
+        engine.drop_graph()
+    held_out = _held_out(config.data, images)
+    an_epoch = trained.seconds / len(dataset.train) * (images - held_out)
+    return config.train.epochs * (an_epoch + validated.seconds / len(dataset.val) * held_out)
+
+
+def _images(data: DataConfig) -> int:
+    """How many images there are to train and validate on; 0 where that is unknown."""
+    if isinstance(data, ImageFolder):
+        images = sum(1 for _ in Path(data.root).expanduser().glob("train/*/*"))
+    elif isinstance(data, Circles):
+        images = data.samples * 4 // 5
+    else:
+        images = _IMAGES[data.name]
+    return images if data.limit is None else min(images, data.limit)
+
+
+def _held_out(data: DataConfig, images: int) -> int:
+    share = data.validation
+    return min(images, share if isinstance(share, int) else round(share * images))
+
+
+def _without_pretrained_weights(config: TrialConfig) -> TrialConfig:
+    """Weights from the internet change no time."""
+    if not isinstance(config.model, Timm):
+        return config
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"pretrained": False})}
+    )
+
+
+def _random(data: DataConfig, shape: DataShape, count: int, device: torch.device) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    size = (count, shape.channels, shape.height, shape.width)
+    images = torch.randint(256, size, generator=generator, dtype=torch.uint8).to(device)
+    labels = torch.randint(shape.classes, (count,), generator=generator).to(device)
+    part = Part(images=images, labels=labels)
+    return Dataset(
+        name=data.name,
+        source="random images",
+        shape=shape,
+        classes=tuple(str(number) for number in range(shape.classes)),
+        train=part,
+        val=part,
+        test=part,
+        standardize=Standardize.fit(images, data.standardize),
+        augment=Augment(data.augment),
+        digest="",
+    )
+
+
+def _nothing() -> None:
+    pass
