@@ -169,9 +169,8 @@ class Sweep:
             self._quick = 0
             return
         said = self.launcher.log(process.name)
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
         if kind := _ERRORS.get(process.exit_code or 0):
-            raise kind(last.removeprefix("sweeper: "))
+            raise kind(said.rpartition("sweeper: ")[2].strip())
         self._quick = self._quick + 1 if process.lived_s < _QUICK_DEATH_S else 0
         if self._quick >= _QUICK_DEATHS:
             raise WorkersFailedError(
@@ -197,7 +196,7 @@ def _stop_if_all_alike(now: Standing) -> None:
     if any(row.outcome not in {Outcome.CRASHED, Outcome.INVALID} for row in ended):
         return
     reasons = Counter(((row.error or "").strip().splitlines() or [""])[-1] for row in ended)
-    reason, count = reasons.most_common(1)[0]
+    _, count = reasons.most_common(1)[0]
     if count == len(ended):
         raise WorkersFailedError(
             f"the first {count} trials of {now.spec.name!r} all failed in the same way:\n"

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
-from sweeper.errors import UsageError
+from sweeper.errors import TrackerUnreachableError, UsageError
 from sweeper.settings import Settings
 
 if TYPE_CHECKING:
+    from sweeper.cli.view import View
     from sweeper.controller import Sweep
-    from sweeper.store import Standing
+    from sweeper.store import Standing, Store, StoredStudy
     from sweeper.study.spec import StudySpec
+    from sweeper.tracking import TrackingService
 
 _POLL_S: Final = 0.5
 _LEAVE_S: Final = 60.0
@@ -127,9 +129,8 @@ def _run(
     from sweeper.cli.view import view
     from sweeper.controller import Sweep, prepare
     from sweeper.launchers import LocalLauncher, automatic_workers
-    from sweeper.report.publish import publish
     from sweeper.store import open_store, standing
-    from sweeper.tracking import tracking
+    from sweeper.tracking import TrackingService
 
     began = time.monotonic()
     opened = open_store(settings.store_url)
@@ -138,25 +139,23 @@ def _run(
         sys.stderr.write(f"{spec.name}: resumed, {prepared.enqueued} trials added\n")
     wanted = workers or spec.resources.workers
     count = automatic_workers(spec.resources.gpus_per_worker) if wanted == "auto" else int(wanted)
-    with _Interrupts() as interrupts, tracking(settings) as service:
+    with _Interrupts() as interrupts, TrackingService(settings) as service:
         sweep = Sweep(
             store=opened,
             settings=settings,
             study=prepared.study,
             launcher=LocalLauncher(),
             workers=count,
-            environment={"MLFLOW_TRACKING_URI": service.uri},
         )
         try:
-            with view(service.uri) as shown:
+            with view(lambda: service.uri) as shown:
                 _watch(sweep, interrupts, shown, service)
         finally:
             _leave(sweep)
         if interrupts.count:
             _say_interrupted(spec, standing(opened, prepared.study))
             raise typer.Exit(130)
-        publish(opened, prepared.study, settings, service.uri)
-        service.replay()
+        _publish(opened, prepared.study, settings, service)
         experiment_id = service.experiment_id(spec.name)
     now = standing(opened, prepared.study)
     result = _result(now, settings, experiment_id, time.monotonic() - began)
@@ -164,7 +163,21 @@ def _run(
     return result
 
 
-def _watch(sweep: Sweep, interrupts: _Interrupts, shown: Any, service: Any) -> None:
+def _publish(
+    opened: Store, study: StoredStudy, settings: Settings, service: TrackingService
+) -> None:
+    """Send what is left to MLflow and write the study's own run; a tracker that is out of reach
+    costs neither the trials nor what is in the spool."""
+    from sweeper.report.publish import publish
+
+    try:
+        service.replay()
+        publish(opened, study, settings, service.wait())
+    except TrackerUnreachableError as error:
+        sys.stderr.write(f"sweeper: {error}\nWhat MLflow lacks is kept; send it: sweeper sync\n")
+
+
+def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:
     """Look after the sweep until it is over, interrupted, or stopped from elsewhere."""
     from sweeper.store import standing
 

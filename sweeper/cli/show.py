@@ -9,7 +9,7 @@ import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption, StudyArgument
 from sweeper.errors import UsageError
-from sweeper.settings import Settings
+from sweeper.settings import Settings, run_key
 
 
 def _settings(store: str | None, home: object) -> Settings:
@@ -82,8 +82,8 @@ def trials(
         rows = [row.public() for row in now.rows]
         if any(row["run_id"] is None and row["state"] != "waiting" for row in rows):
             known = find_run_ids(settings, study)
-            for row, origin in zip(rows, (row.origin for row in now.rows), strict=True):
-                row["run_id"] = row["run_id"] or known.get(origin)
+            for row, trial in zip(rows, now.rows, strict=True):
+                row["run_id"] = row["run_id"] or known.get(run_key(study, trial.origin))
         print_json(rows)
         return
     ranked = now.leaderboard

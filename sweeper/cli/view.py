@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -36,8 +37,8 @@ class View(Protocol):
         """Show ``now``; ``note`` is a line for the person who waits."""
 
 
-def view(tracking: str) -> View:
-    """The view for this stderr."""
+def view(tracking: Callable[[], str | None]) -> View:
+    """The view for this stderr; ``tracking`` tells the MLflow server's address."""
     console = err()
     return _LiveView(console, tracking) if console.is_terminal else _PlainView(console)
 
@@ -55,7 +56,7 @@ def left_s(now: Standing, workers: int) -> float | None:
 
 
 class _LiveView:
-    def __init__(self, console: Console, tracking: str) -> None:
+    def __init__(self, console: Console, tracking: Callable[[], str | None]) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=False)
         self._tracking = tracking
         self._began = time.monotonic()
@@ -86,11 +87,11 @@ class _LiveView:
         times = f"{duration(time.monotonic() - self._began)} gone"
         if not now.over:
             times += f", about {duration(left_s(now, workers))} left"
-        parts = [
+        parts: list[RenderableType] = [
             head,
             ProgressBar(total=max(1, now.budget), completed=now.ended, width=60),
             states,
-            Text(f"{times}   MLflow: {self._tracking}", style="dim"),
+            Text(f"{times}   MLflow: {self._tracking() or 'starting'}", style="dim"),
         ]
         if now.best is not None:
             parts.append(Text.from_markup(_best(now)))

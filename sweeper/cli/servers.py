@@ -1,0 +1,107 @@
+"""Commands that serve or look after the whole: ``worker``, ``ui``, ``sync``, ``doctor``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from sweeper.cli.options import HomeOption, JsonOption, StoreOption
+from sweeper.errors import UsageError
+from sweeper.settings import Settings, masked
+
+
+def worker(
+    study: Annotated[
+        str | None, typer.Argument(metavar="[STUDY]", help="Train this study until it is over.")
+    ] = None,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    tied: Annotated[
+        bool, typer.Option("--tied", hidden=True, help="End with the process that started it.")
+    ] = False,
+) -> None:
+    """Pull trials and train them; without a study, serve every running study and wait for more."""
+    parent = os.getppid() if tied else None
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    from sweeper.store import open_store
+    from sweeper.tracking import SpoolTracker
+    from sweeper.tracking.service import address
+    from sweeper.worker import Signals, Worker, run_ids_into
+
+    settings = Settings.resolve(home=home, store=store)
+    signals = Signals()
+    signals.install()
+    opened = open_store(settings.store_url)
+    with SpoolTracker(settings.spool, address(settings), on_run_id=run_ids_into(opened)) as tracker:
+        Worker(
+            store=opened,
+            tracker=tracker,
+            settings=settings,
+            study=study,
+            parent=parent,
+            signals=signals,
+        ).run()
+
+
+def ui(
+    home: HomeOption = None,
+) -> None:
+    """Serve the MLflow web UI on this home folder until Ctrl-C."""
+    from sweeper.tracking import LocalServer
+
+    settings = Settings.resolve(home=home)
+    if settings.tracking_uri:
+        sys.stdout.write(f"MLflow is at {masked(settings.tracking_uri)}\n")
+        return
+    with LocalServer(settings) as server:
+        sys.stdout.write(f"MLflow is at {server.ensure()}; Ctrl-C ends it\n")
+        sys.stdout.flush()
+        try:
+            while True:
+                time.sleep(5)
+                server.ensure()
+        except KeyboardInterrupt:
+            sys.stderr.write("\n")
+
+
+def sync(home: HomeOption = None) -> None:
+    """Send to MLflow what could not reach it."""
+    from sweeper.tracking import TrackingService
+
+    with TrackingService(Settings.resolve(home=home)) as service:
+        sent = service.replay()
+    sys.stdout.write(
+        f"{sent.delivered} records sent, {sent.rejected} refused by MLflow, {sent.left} left"
+        + (f", {sent.live} workers are still writing" if sent.live else "")
+        + "\n"
+    )
+    if sent.problem:
+        sys.stderr.write(f"sweeper: {sent.problem}\n")
+        raise typer.Exit(3)
+
+
+def doctor(store: StoreOption = None, home: HomeOption = None, json_: JsonOption = False) -> None:
+    """Check store, MLflow, GPU, data folders and versions, and say what to do."""
+    from sweeper.cli.checks import examine
+    from sweeper.cli.printing import out, print_json
+
+    findings = examine(Settings.resolve(home=home, store=store))
+    if json_:
+        print_json([finding.public() for finding in findings])
+    else:
+        console = out()
+        for finding in findings:
+            mark = {"good": "[green]ok  [/]", "note": "[dim]note[/]", "bad": "[red]bad [/]"}
+            console.print(f"{mark[finding.verdict]} {finding.subject:<10} ", end="")
+            console.print(finding.found, markup=False)
+            if finding.advice:
+                console.print(f"                {finding.advice}", markup=False)
+    if any(finding.verdict == "bad" for finding in findings):
+        raise UsageError("something above must be put right first")

@@ -1,0 +1,1 @@
+"""What is shown of a study after the sweep: tables, figures, the best model."""

@@ -1,0 +1,145 @@
+"""What hangs on a study's own MLflow run: spec, table, figures, and the best model."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sweeper import settings as names
+from sweeper.errors import DataNotFoundError, TrackerUnreachableError
+from sweeper.provenance import command, commit, versions
+from sweeper.report.model import deployable
+from sweeper.settings import Settings
+from sweeper.store import Standing, Store, StoredStudy, TrialRow, standing
+from sweeper.tracking import RunStart, SpoolTracker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+def publish(store: Store, study: StoredStudy, settings: Settings, tracking_uri: str) -> None:
+    """Write the study's own run, and log the best model where its data are at hand.
+
+    Through the spool: a server that does not answer now gets it with the next ``sweeper sync``.
+    """
+    now = standing(store, study)
+    key = names.study_run_key(study.name)
+    with SpoolTracker(settings.spool, tracking_uri) as tracker:
+        tracker.start(
+            RunStart(
+                key=key,
+                experiment=study.name,
+                name=study.name,
+                start_time_ms=round(time.time() * 1000),
+                params={
+                    "sampler": study.spec.search.sampler.name,
+                    "pruner": study.spec.search.pruner.name,
+                    "trials": now.budget,
+                },
+                tags=_tags(study),
+            )
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in _documents(study, now).items():
+                written = Path(folder) / file
+                written.write_text(text, encoding="utf-8")
+                tracker.artifact(key, written)
+        tracker.end(
+            key,
+            status="FINISHED",
+            end_time_ms=round(time.time() * 1000),
+            metrics=_metrics(now),
+            tags={"sweeper.best_trial": str(now.best.number) if now.best else "none"},
+        )
+        tracker.flush(60.0)
+    if now.best is not None:
+        _log_best_model(study, now.best, settings, tracking_uri)
+
+
+def _tags(study: StoredStudy) -> dict[str, str]:
+    tags = {
+        names.STUDY_TAG: study.name,
+        names.ROLE_TAG: names.ROLE_STUDY,
+        "sweeper.command": command(),
+        "mlflow.note.content": study.spec.description,
+        **{f"sweeper.version.{name}": version for name, version in versions().items()},
+    }
+    if found := commit():
+        tags[names.COMMIT_TAG] = found
+    return tags
+
+
+def _documents(study: StoredStudy, now: Standing) -> Mapping[str, str]:
+    """File name → text of everything that belongs to the study as a whole."""
+    from sweeper.report.figures import figures, page
+    from sweeper.report.tables import trials_csv
+
+    documents = {
+        "spec.json": study.spec.model_dump_json(indent=2, exclude_unset=True),
+        "trials.csv": trials_csv(now),
+    }
+    if drawn := figures(study.study):
+        documents["figures.html"] = page(drawn, study.name)
+    return documents
+
+
+def _metrics(now: Standing) -> dict[str, float]:
+    found = {f"trials_{state}": float(count) for state, count in now.counts.items()}
+    if now.best is not None:
+        found |= {f"best_{name}": value for name, value in now.best.metrics.items()}
+    return found
+
+
+def _log_best_model(
+    study: StoredStudy, best: TrialRow, settings: Settings, tracking_uri: str
+) -> None:
+    """Log the best trial's model with signature and input example on the study's run.
+
+    Its weights come from the trial's run. Data that are not on this machine, or weights that a
+    lost worker took with it, cost the model and no more.
+    """
+    from sweeper.tracking.model import log_model
+
+    key = names.run_key(study.name, best.origin)
+    try:
+        weights = _weights(study.name, key, tracking_uri)
+        if weights is None:
+            _log.warning("no weights of trial %d reached MLflow; no model logged", best.number)
+            return
+        module, example = deployable(study, best, settings, weights)
+        log_model(
+            tracking_uri,
+            experiment=study.name,
+            key=names.study_run_key(study.name),
+            module=module,
+            example=example,
+            name=study.name,
+        )
+    except DataNotFoundError as error:
+        _log.warning("the best model is not logged: %s", error)
+    except TrackerUnreachableError as error:
+        _log.warning("the best model is not logged, the tracker does not answer: %s", error)
+
+
+def _weights(experiment: str, key: str, tracking_uri: str) -> dict[str, Tensor] | None:
+    from safetensors.torch import load_file
+
+    from sweeper.tracking import mlflow
+
+    client = mlflow.connect(tracking_uri)
+    run_id = mlflow.run_ids(client, experiment).get(key)
+    if run_id is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{names.WEIGHTS_FOLDER}/{names.WEIGHTS_FILE}"
+        try:
+            file = mlflow.download_artifact(client, run_id, path, Path(folder))
+        except (TrackerUnreachableError, FileNotFoundError):
+            return None
+        return dict(load_file(file))

@@ -1,0 +1,122 @@
+"""The tracker as a whole sweep needs it: a server that is there, and what is left is sent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from sweeper.errors import TrackerUnreachableError
+from sweeper.settings import Settings
+from sweeper.tracking.server import LocalServer, running_address
+from sweeper.tracking.spool import Address, Replayed, SpoolTracker, replay
+
+_EVERY_S: Final = 5.0
+
+
+def address(settings: Settings) -> Address:
+    """Where this process finds the server: the one that is set, or the home folder's."""
+    return settings.tracking_uri or (lambda: running_address(settings))
+
+
+def tracker(settings: Settings, writer: str | None = None) -> SpoolTracker:
+    """A tracker of this process, which spools into the home folder."""
+    return SpoolTracker(settings.spool, address(settings), writer=writer)
+
+
+class TrackingService:
+    """Keeps the embedded server running where no other is set; starting it does not block.
+
+    >>> with TrackingService(settings) as service:  # doctest: +SKIP
+    ...     service.wait()
+    ...     service.replay()
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._server = None if settings.tracking_uri else LocalServer(settings)
+        self._thread: threading.Thread | None = None
+        self._problem = ""
+        self._looked = 0.0
+
+    def __enter__(self) -> Self:
+        self.look_after()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if self._server is not None:
+            self._server.stop()
+
+    @property
+    def uri(self) -> str | None:
+        """The server's address; None while the embedded one is not up."""
+        return self._settings.tracking_uri or running_address(self._settings)
+
+    def look_after(self) -> str:
+        """Start the embedded server, again if it died; what stands in the way, if anything does.
+
+        Returns at once: the work is done in a thread.
+        """
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._server is not None and not busy and time.monotonic() - self._looked > _EVERY_S:
+            self._looked = time.monotonic()
+            self._thread = threading.Thread(
+                target=self._ensure, args=(self._server,), name="mlflow", daemon=True
+            )
+            self._thread.start()
+        return self._problem
+
+    def _ensure(self, server: LocalServer) -> None:
+        try:
+            server.ensure()
+            self._problem = ""
+        except TrackerUnreachableError as error:
+            self._problem = str(error)
+
+    def wait(self) -> str:
+        """The server's address, once it answers. Raises TrackerUnreachableError if it does not."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._server is not None:
+            return self._server.ensure()
+        return str(self._settings.tracking_uri)
+
+    def replay(self) -> Replayed:
+        """Send what dead processes left in the spool."""
+        return replay(self._settings.spool, self.wait())
+
+    def experiment_id(self, study: str) -> str | None:
+        """The id of a study's experiment, or None where the server cannot tell."""
+        from sweeper.tracking import mlflow
+
+        try:
+            return mlflow.experiment_id(mlflow.connect(self.wait()), study)
+        except TrackerUnreachableError:
+            return None
+
+
+def find_run_ids(settings: Settings, study: str) -> dict[str, str]:
+    """Key to run id of a study's runs; nothing where the tracker cannot be reached.
+
+    Without a server the embedded database is read directly.
+    """
+    from sweeper.tracking import mlflow
+
+    uri = settings.tracking_uri or running_address(settings)
+    if uri is None:
+        if not Path(settings.home / "mlflow.db").exists():
+            return {}
+        uri = settings.embedded_tracking_uri
+    try:
+        return mlflow.run_ids(mlflow.connect(uri), study)
+    except TrackerUnreachableError:
+        return {}
