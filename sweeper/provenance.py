@@ -49,16 +49,6 @@ def commit(folder: Path | None = None) -> str | None:
 
 
 @functools.cache
-def device_name() -> str:
-    """The GPU that this process sees first, or the processor. Loads torch."""
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(0))
-    return cpu_name()
-
-
-@functools.cache
 def cpu_name() -> str:
     """The processor's model name."""
     try:
@@ -74,7 +64,7 @@ def cpu_name() -> str:
 def environment_tags() -> dict[str, str]:
     """Tags of an MLflow run that say where and with what it was trained."""
     tags = {f"sweeper.version.{name}": version for name, version in versions().items()}
-    tags["sweeper.device"] = device_name()
+    tags["sweeper.cpu"] = cpu_name()
     tags["sweeper.host"] = platform.node()
     tags["sweeper.cpus"] = str(os.cpu_count() or 1)
     if found := commit():

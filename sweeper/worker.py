@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import signal
 import tempfile
 import threading
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from optuna.trial import Trial, TrialState
 from pydantic import ValidationError
 
 from sweeper import settings as names
@@ -35,7 +33,8 @@ from sweeper.errors import (
     TrialLostError,
     UsageError,
 )
-from sweeper.measurement import Measurement, summary
+from sweeper.measurement import EPOCH_METRICS, Measurement, summary
+from sweeper.provenance import environment_tags
 from sweeper.settings import Settings
 from sweeper.store import Control, Outcome, Store, StoredStudy, queue, standing, studies
 from sweeper.store import attributes as attr
@@ -263,36 +262,27 @@ class _Attempt:
 
     def _epochs(self, training: Training) -> tuple[Outcome, Mapping[str, float]] | None:
         """Train; how it ended, or None where the trial went back to the queue."""
-        trial = Trial(self.study.study, self.claimed.trial_id)
-        several = len(self.study.spec.objective) > 1
+        store, study, claimed = self.worker.store, self.study.study, self.claimed
+        metric = self.study.spec.objective[0].metric
+        several = len(self.study.spec.objective) > 1  # Optuna takes no reports of these
         with contextlib.closing(training.epochs()) as epochs:
             for measurement in epochs:
                 self.epochs.append(measurement)
                 if not measurement.finite:
                     return Outcome.DIVERGED, {}
                 if not several:
-                    self._report(trial, measurement)
+                    queue.report(store, claimed, measurement.epoch, measurement.metrics[metric])
                 self._log(measurement)
-                last = measurement.epoch >= training.config.train.epochs
-                if not several and not last and trial.should_prune():
+                if measurement.epoch >= training.config.train.epochs:
+                    continue
+                if queue.should_prune(store, study, claimed):
                     return Outcome.PRUNED, {}
                 if self.worker.asked is Control.CANCEL:
                     return Outcome.CANCELLED, {}
-                if self.worker.signals.stopping and not last:
+                if self.worker.signals.stopping:
                     self.give_back()
                     return None
         return Outcome.COMPLETED, {}
-
-    def _report(self, trial: Trial, measurement: Measurement) -> None:
-        """Tell the store, unless this very epoch was told before the trial was interrupted."""
-        value = measurement.metrics[self.study.spec.objective[0].metric]
-        known = self.worker.store.storage.get_trial(self.claimed.trial_id)
-        if known.state is not TrialState.RUNNING:
-            raise TrialLostError
-        if measurement.epoch not in known.intermediate_values:
-            self.worker.store.storage.set_trial_intermediate_value(
-                self.claimed.trial_id, measurement.epoch, value
-            )
 
     def _log(self, measurement: Measurement) -> None:
         if measurement.epoch > self.claimed.logged_epochs:
@@ -301,8 +291,6 @@ class _Attempt:
             )
 
     def _start_run(self, config: TrialConfig) -> None:
-        from sweeper.provenance import environment_tags
-
         self.worker.tracker.start(
             RunStart(
                 key=self.key,
@@ -325,8 +313,7 @@ class _Attempt:
 
     def _describe(self, training: Training) -> None:
         """What is known of the trial once its model and data are there."""
-        storage, trial_id = self.worker.store.storage, self.claimed.trial_id
-        storage.set_trial_user_attr(trial_id, attr.PARAMETERS, training.parameters)
+        queue.note(self.worker.store, self.claimed, {attr.PARAMETERS: training.parameters})
         self.worker.tracker.note(
             self.key,
             tags={f"sweeper.note.{key}": text for key, text in training.notes.items()},
@@ -343,24 +330,19 @@ class _Attempt:
         return result
 
     def _finish(self, outcome: Outcome, final: Mapping[str, float]) -> None:
-        state = {
-            Outcome.COMPLETED: TrialState.COMPLETE,
-            Outcome.PRUNED: TrialState.PRUNED,
-            Outcome.DIVERGED: TrialState.PRUNED
-            if self.study.spec.faults.on_divergence == "pruned"
-            else TrialState.FAIL,
-        }.get(outcome, TrialState.FAIL)
+        bad = outcome is Outcome.DIVERGED and self.study.spec.faults.on_divergence == "pruned"
         metrics = {**summary([epoch for epoch in self.epochs if epoch.finite]), **final}
         queue.finish(
             self.worker.store,
             self.study.study,
             self.claimed,
             outcome=outcome,
-            state=state,
-            values=self._values() if state is TrialState.COMPLETE else None,
+            ends_as="pruned" if bad else None,
+            values=self._values() if outcome is Outcome.COMPLETED else (),
             facts={attr.METRICS: metrics, attr.SECONDS: time.time() - self.started},
         )
-        self._end_run("FAILED" if state is TrialState.FAIL else "FINISHED", outcome, final)
+        well = bad or outcome in {Outcome.COMPLETED, Outcome.PRUNED}
+        self._end_run("FINISHED" if well else "FAILED", outcome, metrics)
         _log.info("trial %d %s after %d epochs", self.claimed.number, outcome, len(self.epochs))
 
     def _end_run(
@@ -370,9 +352,11 @@ class _Attempt:
             self.worker.tracker.end(
                 self.key,
                 status=status,
-                metrics={**summary([epoch for epoch in self.epochs if epoch.finite]), **metrics}
-                if metrics
-                else {},
+                metrics={
+                    name: value
+                    for name, value in (metrics or {}).items()
+                    if name not in EPOCH_METRICS
+                },
                 tags={names.STATE_TAG: status.lower(), names.OUTCOME_TAG: str(outcome)},
                 end_time_ms=round(time.time() * 1000),
             )
@@ -410,7 +394,6 @@ class _Attempt:
                 self.study.study,
                 self.claimed,
                 outcome=outcome,
-                state=TrialState.FAIL,
                 facts={attr.ERROR: error, attr.SECONDS: time.time() - self.started},
             )
             self._end_run("FAILED", outcome)
@@ -428,33 +411,11 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run_ids_into(store: Store) -> Callable[[str, str], None]:
-    """A callback for the tracker that stores a run's id with its trial.
-
-    A trial that has ended meanwhile keeps no id; it is found by its tag instead.
-    """
+    """A callback for the tracker that stores a run's id with its trial."""
 
     def remember(key: str, run_id: str) -> None:
-        study_name, _, number = key.rpartition("/")
-        if not number.isdigit():
-            return
-        study_id = store.storage.get_study_id_from_name(study_name)
-        trials = store.storage.get_all_trials(
-            study_id, deepcopy=False, states=(TrialState.RUNNING,)
-        )
-        for trial in trials:
-            if trial.user_attrs.get(attr.ORIGIN, trial.number) == int(number):
-                with contextlib.suppress(Exception):
-                    store.storage.set_trial_user_attr(trial._trial_id, attr.RUN_ID, run_id)
+        study_name, _, origin = key.rpartition("/")
+        if origin.isdigit():
+            queue.remember_run(store, study_name, int(origin), run_id)
 
     return remember
-
-
-def limit_threads(threads: int) -> None:
-    """Give the numerical libraries ``threads`` threads, before any of them is loaded."""
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(variable, str(threads))
-
-
-def host() -> str:
-    """The name of this machine."""
-    return platform.node()

@@ -120,12 +120,11 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
 
 
 def _device(_: Settings) -> Iterator[Finding]:
-    import torch
-
     from sweeper.launchers.local import cores, gpus
+    from sweeper.training.device import visible
 
-    if not torch.cuda.is_available():
-        seen = gpus()
+    seen, usable = gpus(), visible()
+    if not usable:
         yield Finding(
             subject="device",
             verdict="bad" if seen else "note",
@@ -134,13 +133,9 @@ def _device(_: Settings) -> Iterator[Finding]:
             if seen
             else "trials run on the CPU, one worker a core",
         )
-        return
-    for index in range(torch.cuda.device_count()):
-        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+    for index, (name, memory_gib) in enumerate(usable):
         yield Finding(
-            subject="device",
-            verdict="good",
-            found=f"GPU {index}: {torch.cuda.get_device_name(index)}, {memory:.0f} GiB",
+            subject="device", verdict="good", found=f"GPU {index}: {name}, {memory_gib:.0f} GiB"
         )
 
 

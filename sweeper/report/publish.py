@@ -7,18 +7,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sweeper import settings as names
-from sweeper.errors import DataNotFoundError, TrackerUnreachableError
+from sweeper.errors import DataNotFoundError, OutOfReachError
 from sweeper.provenance import command, commit, versions
 from sweeper.report.model import deployable
 from sweeper.settings import Settings
 from sweeper.store import Standing, Store, StoredStudy, TrialRow, standing
 from sweeper.tracking import RunStart, SpoolTracker
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -99,47 +95,26 @@ def _metrics(now: Standing) -> dict[str, float]:
 def _log_best_model(
     study: StoredStudy, best: TrialRow, settings: Settings, tracking_uri: str
 ) -> None:
-    """Log the best trial's model with signature and input example on the study's run.
+    """Log the best trial's model, with signature and input example, on its run, and register it.
 
-    Its weights come from the trial's run. Data that are not on this machine, or weights that a
+    Its weights come from the run as well. Data that are not on this machine, or weights that a
     lost worker took with it, cost the model and no more.
     """
+    from sweeper.tracking import mlflow
     from sweeper.tracking.model import log_model
 
-    key = names.run_key(study.name, best.origin)
     try:
-        weights = _weights(study.name, key, tracking_uri)
-        if weights is None:
-            _log.warning("no weights of trial %d reached MLflow; no model logged", best.number)
+        client = mlflow.connect(tracking_uri)
+        run_id = mlflow.run_ids(client, study.name).get(names.run_key(study.name, best.origin))
+        if run_id is None:
+            _log.warning("the run of trial %d is not in MLflow; no model logged", best.number)
             return
-        module, example = deployable(study, best, settings, weights)
-        log_model(
-            tracking_uri,
-            experiment=study.name,
-            key=names.study_run_key(study.name),
-            module=module,
-            example=example,
-            name=study.name,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{names.WEIGHTS_FOLDER}/{names.WEIGHTS_FILE}"
+            file = mlflow.download_artifact(client, run_id, path, Path(folder))
+            module, example = deployable(study, best, settings, file)
+        log_model(client, run_id, module, example, registered_name=study.name)
     except DataNotFoundError as error:
         _log.warning("the best model is not logged: %s", error)
-    except TrackerUnreachableError as error:
-        _log.warning("the best model is not logged, the tracker does not answer: %s", error)
-
-
-def _weights(experiment: str, key: str, tracking_uri: str) -> dict[str, Tensor] | None:
-    from safetensors.torch import load_file
-
-    from sweeper.tracking import mlflow
-
-    client = mlflow.connect(tracking_uri)
-    run_id = mlflow.run_ids(client, experiment).get(key)
-    if run_id is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{names.WEIGHTS_FOLDER}/{names.WEIGHTS_FILE}"
-        try:
-            file = mlflow.download_artifact(client, run_id, path, Path(folder))
-        except (TrackerUnreachableError, FileNotFoundError):
-            return None
-        return dict(load_file(file))
+    except OutOfReachError as error:
+        _log.warning("the best model is not logged, MLflow says: %s", error)

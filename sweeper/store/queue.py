@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import optuna
 import sqlalchemy
@@ -217,20 +217,52 @@ def put_back(store: Store, claimed: Claim) -> None:
         store.storage.set_trial_state_values(claimed.trial_id, TrialState.WAITING)
 
 
+def report(store: Store, claimed: Claim, epoch: int, value: float) -> None:
+    """Store the first objective's value after ``epoch``, once.
+
+    Raises TrialLostError where the store has given the trial to another worker.
+    """
+    with reaching(store.url), _owned():
+        known = store.storage.get_trial(claimed.trial_id)
+        if known.state is not TrialState.RUNNING:
+            raise TrialLostError
+        if epoch not in known.intermediate_values:
+            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
+
+
+def should_prune(store: Store, study: optuna.Study, claimed: Claim) -> bool:
+    """Whether the study's pruner would end the trial where it is."""
+    if isinstance(study.pruner, optuna.pruners.NopPruner) or len(study.directions) > 1:
+        return False
+    with reaching(store.url):
+        return bool(study.pruner.prune(study, store.storage.get_trial(claimed.trial_id)))
+
+
+def note(store: Store, claimed: Claim, facts: Mapping[str, Any]) -> None:
+    """Store facts about a running trial under their attribute names."""
+    with reaching(store.url), _owned():
+        for name, value in facts.items():
+            store.storage.set_trial_user_attr(claimed.trial_id, name, value)
+
+
 def finish(
     store: Store,
     study: optuna.Study,
     claimed: Claim,
     *,
     outcome: Outcome,
-    state: TrialState,
-    values: Sequence[float] | None = None,
+    ends_as: State | None = None,
+    values: Sequence[float] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """End a trial: its facts first, its state last, so that a finished trial is a whole one.
 
+    ``values`` are the objectives of a completed trial. ``ends_as`` is the state of a trial that
+    neither completed nor was pruned: ``failed`` unless something else is said.
+
     Raises TrialLostError where the store has given it to another worker.
     """
+    ends_as = ends_as or _ENDS_AS.get(outcome, "failed")
     with reaching(store.url), _owned():
         for name, value in {**(facts or {}), attr.OUTCOME: str(outcome)}.items():
             if isinstance(value, str):
@@ -239,7 +271,34 @@ def finish(
         frozen = store.storage.get_trial(claimed.trial_id)
         if frozen.state is not TrialState.RUNNING:
             raise TrialLostError
-        study.tell(frozen.number, list(values) if values else None, state=state)
+        told = list(values) if ends_as == "complete" else None
+        study.tell(frozen.number, told, state=_STATES[ends_as])
+
+
+State = Literal["complete", "pruned", "failed"]
+_STATES: Final[Mapping[State, TrialState]] = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+_ENDS_AS: Final[Mapping[Outcome, State]] = {
+    Outcome.COMPLETED: "complete",
+    Outcome.PRUNED: "pruned",
+}
+
+
+def remember_run(store: Store, study_name: str, origin: int, run_id: str) -> None:
+    """Store the MLflow run of the running trial that began as number ``origin``.
+
+    A trial that has ended meanwhile keeps none; its run is found by its tag instead.
+    """
+    study_id = store.storage.get_study_id_from_name(study_name)
+    for trial in store.storage.get_all_trials(
+        study_id, deepcopy=False, states=(TrialState.RUNNING,)
+    ):
+        if trial.user_attrs.get(attr.ORIGIN, trial.number) == origin:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                store.storage.set_trial_user_attr(trial._trial_id, attr.RUN_ID, run_id)
 
 
 class _owned:  # noqa: N801 - reads as what it is, a context

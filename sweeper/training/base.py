@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Training(ABC):
         self._test: dict[str, float] | None = None
 
     @abstractmethod
-    def epochs(self, *, interrupt: Interrupt | None = None) -> Iterator[Measurement]:
+    def epochs(self, *, interrupt: Interrupt | None = None) -> Generator[Measurement, None, None]:
         """Train; one Measurement an epoch, beginning after the last finished one.
 
         Ends after ``train.epochs``, or after a measurement that is not finite. A generator: to

@@ -34,6 +34,14 @@ def resolved(device: torch.device) -> torch.device:
     return device
 
 
+def visible() -> list[tuple[str, float]]:
+    """Name and memory in GiB of every CUDA device that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return [(str(device.name), device.total_memory / 2**30) for device in found]
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for everything queued on ``device``; nothing to wait for on a CPU."""
     if device.type == "cuda":

@@ -174,7 +174,11 @@ class Engine:
 
         Compiling happens here too, so that no epoch's time contains it.
         """
-        wanted, reason = self._config.train.graph, self._eager_because()
+        train, reason = self._config.train, self._eager_because()
+        if reason is not None and train.graph == "on":
+            raise CaptureError(f"train.graph: on cannot be done: {reason}")
+        if reason is not None and train.compile != "on":
+            return f"not used: {reason}"
         step, order, before = self._step, self._order, self.state()
 
         def run() -> None:
@@ -189,19 +193,18 @@ class Engine:
         set_lr(step.optimizer, self._config.optimizer.lr)
         self.model.train()
         with repeatable(self._device), noise(self._device, 0):
-            try:
-                if reason is not None:
-                    raise CaptureError(reason)
-                self._graph = CapturedStep(run, undo=undo, device=self._device)
-                return "captured"
-            except CaptureError as error:
-                if wanted == "on":
-                    raise
-                outcome = f"not used: {error}"
-            if self._config.train.compile == "on" and order.full:
+            if reason is None:
+                try:
+                    self._graph = CapturedStep(run, undo=undo, device=self._device)
+                    return "captured"
+                except CaptureError as error:
+                    if train.graph == "on":
+                        raise
+                    reason = str(error)
+            if order.full:
                 run()
                 undo()
-        return outcome
+        return f"not used: {reason}"
 
     def _eager_because(self) -> str | None:
         """Why a capture need not be tried."""

@@ -11,7 +11,7 @@ from sweeper.config import DataConfig, DataShape, TrialConfig, shape_of
 from sweeper.config.data import Circles, ImageFolder
 from sweeper.config.model import Svm, Timm
 from sweeper.data import Augment, Dataset, Part, Standardize
-from sweeper.training.device import best_device
+from sweeper.training.device import best_device, resolved
 from sweeper.training.engine import Engine
 
 _IMAGES: Final = {
@@ -35,7 +35,7 @@ def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> fl
     compilation come on top. None where the size of the data is unknown, and for a support vector
     machine, whose time does not grow with its data in proportion.
     """
-    device = best_device() if device is None else device
+    device = best_device() if device is None else resolved(device)
     shape, images = shape_of(config.data), _images(config.data)
     if shape is None or not images or isinstance(config.model, Svm):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class NetworkTraining(Training):
         self._epoch = 0
         self._best: _Best | None = None
 
-    def epochs(self, *, interrupt: Interrupt | None = None) -> Iterator[Measurement]:
+    def epochs(self, *, interrupt: Interrupt | None = None) -> Generator[Measurement, None, None]:
         """See :meth:`Training.epochs`."""
         poll = _Poll(interrupt)
         try:
@@ -147,10 +147,12 @@ class NetworkTraining(Training):
             "peak_memory_mib": peak_memory_mib(self.device),
             **statistics,
         }
+        measurement = Measurement(epoch=epoch, metrics=metrics)
         self._epoch = epoch
         self._schedule.step(metrics)
-        self._remember(engine, metrics)
-        return Measurement(epoch=epoch, metrics=metrics)
+        if measurement.finite:
+            self._remember(engine, metrics)
+        return measurement
 
     def _remember(self, engine: Engine, metrics: Mapping[str, float]) -> None:
         """Keep the weights if this epoch is the best."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class SvmTraining(Training):
         self._model: SvmModel | None = SvmModel(config.model)
         self._fitted = False
 
-    def epochs(self, *, interrupt: Interrupt | None = None) -> Iterator[Measurement]:
+    def epochs(self, *, interrupt: Interrupt | None = None) -> Generator[Measurement, None, None]:
         """See :meth:`Training.epochs`; ``interrupt`` cannot end a fit."""
         if self._fitted:
             return

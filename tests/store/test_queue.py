@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from optuna.trial import TrialState
 
 from sweeper.errors import TrialLostError
 from sweeper.store import Outcome, Store, StoredStudy, open_store, queue, standing, studies
@@ -30,7 +29,6 @@ def complete(store: Store, study: StoredStudy, claimed: queue.Claim, value: floa
         study.study,
         claimed,
         outcome=Outcome.COMPLETED,
-        state=TrialState.COMPLETE,
         values=[value],
     )
 
@@ -198,7 +196,6 @@ def test_facts_are_stored_before_the_state(store: Store, started: Start) -> None
         study.study,
         claimed,
         outcome=Outcome.CRASHED,
-        state=TrialState.FAIL,
         facts={attr.ERROR: "x" * 20_000, attr.METRICS: {"test_accuracy": 0.5}},
     )
     row = standing(store, study).rows[0]
