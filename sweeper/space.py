@@ -1,23 +1,47 @@
 """The search space: ``parameters`` of a study file, on dotted paths into a trial's configuration.
 
 A parameter is a list of values or a range, and may hold only under a condition (``when``) on
-other parameters. Pure values: how a point is drawn is the store's matter (`sweeper.store`).
+other parameters. Pure values: how a sampler draws a point is the store's matter
+(`sweeper.store`); :func:`draw` is plain random drawing, which checks and previews use.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+import random
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from sweeper.config import Section
 
 Scalar = None | bool | int | float | str
 Conditions = Mapping[str, tuple[Any, ...]]
+
+MAX_VALUES: Final = 1_000
+"""The most values that a list may have."""
+MAX_WIDTH: Final = 2**53
+"""The widest range: beyond it floats no longer tell whole numbers apart."""
+MAX_STEPS: Final = 100_000
+"""The most points that a range with a step may have; a finer one is meant to be continuous."""
+
+FUSIBLE: Final = frozenset(
+    {
+        "model.init",
+        "model.dropout",
+        "optimizer.name",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "optimizer.momentum",
+        "optimizer.beta2",
+        "optimizer.eps",
+        "optimizer.clip_norm",
+        "train.seed",
+    }
+)
+"""Paths that become one number a member, or one initial weight vector a member, of a cohort."""
 
 
 class _Parameter(Section):
@@ -38,7 +62,7 @@ class _Parameter(Section):
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Whether every condition is met by ``values``; a path that is absent meets none."""
         return all(
-            path in values and any(_same(values[path], allowed) for allowed in options)
+            path in values and any(same(values[path], allowed) for allowed in options)
             for path, options in self.when.items()
         )
 
@@ -46,22 +70,24 @@ class _Parameter(Section):
 class Values(_Parameter):
     """A list of values, of any type that the field takes; unordered to the sampler."""
 
-    values: tuple[Any, ...] = Field(min_length=1, strict=False)
+    values: tuple[Any, ...] = Field(min_length=1, max_length=MAX_VALUES, strict=False)
 
     @field_validator("values")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen: list[str] = []
+        seen: set[Hashable] = set()
         for value in values:
-            key = json.dumps(value, sort_keys=True)
-            if key in seen:
-                raise ValueError(f"every value may be listed once, but {value!r} is there twice")
-            seen.append(key)
+            if (identity := _identity(value)) in seen:
+                raise ValueError(f"every value must be listed once, but {value!r} is there twice")
+            seen.add(identity)
         return values
 
 
 class Range(_Parameter):
-    """All numbers from ``low`` to ``high``, both included; whole numbers if both bounds are."""
+    """All numbers from ``low`` to ``high``, both included; whole numbers if both bounds are.
+
+    ``log`` draws the logarithm evenly, ``step`` leaves only ``low``, ``low + step`` and so on.
+    """
 
     low: int | float
     high: int | float
@@ -74,16 +100,26 @@ class Range(_Parameter):
             raise ValueError(
                 f"low <= high must hold, but got low={self.low}, high={self.high}; swap them"
             )
+        if not self.high - self.low < MAX_WIDTH:
+            raise ValueError(
+                f"high - low < 2^53 must hold, but got low={self.low}, high={self.high}; "
+                f"narrow the range"
+            )
         if self.log and self.low <= 0:
             raise ValueError(f"low > 0 must hold where log is true, but got low={self.low}")
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step > 0 must hold, but got step={self.step}")
         if self.log and self.step is not None:
-            raise ValueError("step and log exclude each other; leave one out")
+            raise ValueError("step and log exclude each other, but both are given; leave one out")
         if self.integer and isinstance(self.step, float):
             raise ValueError(
                 f"step must be whole where low and high are, but got step={self.step}; "
                 f"write low as {float(self.low)} for a range of real numbers"
+            )
+        if not self.integer and self.step and (self.high - self.low) / self.step >= MAX_STEPS:
+            raise ValueError(
+                f"step must leave at most {MAX_STEPS:,} points, but got step={self.step}; "
+                f"leave it out for a continuous range"
             )
         return self
 
@@ -93,27 +129,38 @@ class Range(_Parameter):
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
-    def points(self) -> tuple[int | float, ...] | None:
+    def points(self) -> Sequence[int | float] | None:
         """All values, or None where the range is continuous."""
         if self.integer:
-            return tuple(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
+            return range(int(self.low), int(self.high) + 1, int(self.step or 1))
         if self.step is None:
-            return (self.low,) if self.low == self.high else None
+            return (float(self.low),) if self.low == self.high else None
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.low + index * self.step for index in range(count))
+        # Fifteen digits: 0.1 + 2 * 0.1 is to read 0.3, and must not exceed a high of 0.3.
+        return tuple(float(f"{self.low + index * self.step:.15g}") for index in range(count))
 
 
 def _kind(value: Any) -> str | None:
     if isinstance(value, Values) or (isinstance(value, dict) and "values" in value):
         return "values"
-    if isinstance(value, Range | dict):
+    if isinstance(value, Range) or (
+        isinstance(value, dict) and ("low" in value or "high" in value)
+    ):
         return "range"
     return None
 
 
+def _listed(value: Any) -> Any:
+    return {"values": value} if isinstance(value, list | tuple) else value
+
+
 Parameter = Annotated[
-    Annotated[Values, Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+    Annotated[
+        Annotated[Values, Tag("values")] | Annotated[Range, Tag("range")], Discriminator(_kind)
+    ],
+    BeforeValidator(_listed),
 ]
+"""A list of values, a mapping with ``values``, or a mapping with ``low`` and ``high``."""
 Kind = Literal["values", "range"]
 
 
@@ -124,17 +171,26 @@ def encode(value: Any) -> Scalar:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _same(left: Any, right: Any) -> bool:
+def _identity(value: Any) -> Hashable:
+    """What two values share that are the same to a study: 1 and 1.0, a tuple and a list."""
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, list | tuple):
+        return ("list", *map(_identity, value))
+    if isinstance(value, Mapping):
+        return ("mapping", frozenset((key, _identity(each)) for key, each in value.items()))
+    return value if isinstance(value, Hashable) else ("repr", repr(value))
+
+
+def same(left: Any, right: Any) -> bool:
     """Equality that tells ``True`` from ``1`` and takes 1 for 1.0, tuples for lists."""
-    if isinstance(left, bool) is not isinstance(right, bool):
-        return False
-    return bool(encode(left) == encode(right))
+    return _identity(left) == _identity(right)
 
 
 def position(parameter: Values, value: Any) -> int | None:
     """The index of ``value`` among the parameter's values, or None where it is not one of them."""
     return next(
-        (index for index, option in enumerate(parameter.values) if _same(option, value)), None
+        (index for index, option in enumerate(parameter.values) if same(option, value)), None
     )
 
 
@@ -146,36 +202,77 @@ def contains(parameter: Values | Range, value: Any) -> bool:
         return False
     if not parameter.low <= value <= parameter.high:
         return False
-    if parameter.points is None:
+    if parameter.integer:
+        return (value - parameter.low) % (parameter.step or 1) == 0
+    if parameter.step is None:
         return True
-    return any(math.isclose(value, point, rel_tol=1e-9) for point in parameter.points)
+    steps = (value - parameter.low) / parameter.step
+    return math.isclose(steps, round(steps), abs_tol=1e-8)
+
+
+def possible(parameter: Values | Range, options: Sequence[Any]) -> list[Any]:
+    """Those of ``options`` that the sampler could have drawn, each once, as it would draw them."""
+    if isinstance(parameter, Values):
+        own = {_identity(value): value for value in parameter.values}
+        wanted = dict.fromkeys(map(_identity, options))
+        return [own[identity] for identity in wanted if identity in own]
+    number = int if parameter.integer else float
+    return list(dict.fromkeys(number(each) for each in options if contains(parameter, each)))
+
+
+def structural(path: str) -> bool:
+    """Whether trials that differ in ``path`` cannot share one cohort.
+
+    A structural parameter changes a shape, the data, the number of steps or the program itself.
+    What is not known to be otherwise counts as structural: a cohort too few costs time, a cohort
+    too many would cost correctness.
+    """
+    return path not in FUSIBLE
+
+
+def circle(parameters: Mapping[str, Values | Range]) -> list[str] | None:
+    """Parameters whose conditions need each other, the first one also last; None for none."""
+    return _sorted(parameters)[1]
 
 
 def ordered(parameters: Mapping[str, Values | Range]) -> list[str]:
     """Paths, each after those that its conditions name; otherwise in the file's order.
 
-    Raises ValueError naming the cycle where conditions depend on each other. Conditions on paths
+    Raises ValueError naming the circle where conditions depend on each other. Conditions on paths
     that are no parameters are ignored here; the study file's check names them.
     """
-    done: list[str] = []
-    waiting: list[str] = []
+    order, found = _sorted(parameters)
+    if found:
+        raise ValueError("conditions must not form a circle, but " + " needs ".join(found))
+    return order
 
-    def visit(path: str) -> None:
-        if path in done:
-            return
-        if path in waiting:
-            cycle = [*waiting[waiting.index(path) :], path]
-            raise ValueError("conditions must not form a circle, but " + " needs ".join(cycle))
-        waiting.append(path)
-        for parent in parameters[path].when:
-            if parent in parameters:
-                visit(parent)
-        waiting.pop()
-        done.append(path)
 
-    for path in parameters:
-        visit(path)
-    return done
+def _sorted(
+    parameters: Mapping[str, Values | Range],
+) -> tuple[list[str], list[str] | None]:
+    done: dict[str, None] = {}
+    for start in parameters:
+        waiting = [] if start in done else [start]
+        while waiting:
+            path = waiting[-1]
+            parent = next(
+                (name for name in parameters[path].when if name in parameters and name not in done),
+                None,
+            )
+            if parent is None:
+                done[waiting.pop()] = None
+            elif parent in waiting:
+                return list(done), [*waiting[waiting.index(parent) :], parent]
+            else:
+                waiting.append(parent)
+    return list(done), None
+
+
+def _points(path: str, parameter: Values | Range) -> Sequence[Any]:
+    points = parameter.values if isinstance(parameter, Values) else parameter.points
+    if points is None:
+        raise ValueError(f"{path}: a grid needs a list of values or a step")
+    return points
 
 
 def grid(parameters: Mapping[str, Values | Range]) -> Iterator[dict[str, Any]]:
@@ -184,28 +281,129 @@ def grid(parameters: Mapping[str, Values | Range]) -> Iterator[dict[str, Any]]:
     Raises ValueError for a continuous range, which has no grid points.
     """
     order = ordered(parameters)
+    options = {path: _points(path, parameters[path]) for path in order}
 
-    def options(path: str) -> Sequence[Any]:
-        parameter = parameters[path]
-        points = parameter.values if isinstance(parameter, Values) else parameter.points
-        if points is None:
-            raise ValueError(f"{path}: a grid needs a list of values or a step")
-        return points
-
-    def extend(chosen: dict[str, Any], rest: Sequence[str]) -> Iterator[dict[str, Any]]:
-        if not rest:
+    def points() -> Iterator[dict[str, Any]]:
+        # An odometer: one iterator a parameter, so that a thousand parameters need no recursion.
+        chosen: dict[str, Any] = {}
+        open_: list[Iterator[Any]] = []
+        while True:
+            while len(open_) < len(order):
+                path = order[len(open_)]
+                held = parameters[path].holds(chosen)
+                open_.append(iter(options[path]) if held else iter(()))
+                if held:
+                    chosen[path] = next(open_[-1])
             yield dict(chosen)
-        elif parameters[rest[0]].holds(chosen):
-            for value in options(rest[0]):
-                yield from extend({**chosen, rest[0]: value}, rest[1:])
-        else:
-            yield from extend(chosen, rest[1:])
+            while open_:
+                path = order[len(open_) - 1]
+                if (value := next(open_[-1], _END)) is not _END:
+                    chosen[path] = value
+                    break
+                chosen.pop(path, None)
+                open_.pop()
+            if not open_:
+                return
 
-    for path in order:
-        options(path)
-    return extend({}, order)
+    return points()
+
+
+_END: Final = object()
 
 
 def grid_size(parameters: Mapping[str, Values | Range], limit: int = 1_000_000) -> int:
-    """How many points :func:`grid` has, counted up to ``limit``."""
-    return sum(1 for _ in itertools.islice(grid(parameters), limit))
+    """How many points :func:`grid` has, counted up to ``limit``.
+
+    Nothing is enumerated: a parameter that no condition names multiplies the count, and of one
+    that a condition names only the values that conditions tell apart are followed.
+    """
+    order = ordered(parameters)
+    last_use = {
+        parent: index for index, path in enumerate(order) for parent in parameters[path].when
+    }
+    # The key: what is chosen for the parents that are still needed, as index into ``told``.
+    counts: dict[tuple[tuple[str, int], ...], int] = {(): 1}
+    told: dict[str, list[Any]] = {}
+    for index, path in enumerate(order):
+        size = len(_points(path, parameters[path]))
+        told[path] = _told_apart(path, parameters)
+        grown: dict[tuple[tuple[str, int], ...], int] = {}
+        for chosen, count in counts.items():
+            values = {name: told[name][which] for name, which in chosen if which >= 0}
+            kept = tuple(pair for pair in chosen if last_use[pair[0]] > index)
+            branches = [(kept, count)]
+            if parameters[path].holds(values):
+                branches = [(kept, count * size)]
+                if last_use.get(path, -1) > index:
+                    rest = size - len(told[path])
+                    branches = [((*kept, (path, i)), count) for i in range(len(told[path]))]
+                    branches += [((*kept, (path, -1)), count * rest)] if rest else []
+            for key, more in branches:
+                grown[key] = grown.get(key, 0) + more
+        counts = grown
+        if sum(counts.values()) >= limit:  # every partial point grows into one point at least
+            return limit
+    return sum(counts.values())
+
+
+def _told_apart(path: str, parameters: Mapping[str, Values | Range]) -> list[Any]:
+    """The values of ``path`` that some condition names, each once."""
+    named = [option for other in parameters.values() for option in other.when.get(path, ())]
+    return possible(parameters[path], named)
+
+
+def requirements(
+    parameters: Mapping[str, Values | Range], path: str
+) -> dict[str, tuple[Any, ...]] | None:
+    """What must be chosen so that ``path`` holds: its ancestors, each with the values allowed.
+
+    None where no choice does it. Conditions are conjunctions of "parent is one of", and a parent
+    has to hold itself, so intersecting the options along all ancestors is exact.
+    """
+    allowed: dict[str, tuple[Any, ...]] = {}
+    waiting, seen = [path], {path}
+    while waiting:
+        for parent, options in parameters[waiting.pop()].when.items():
+            if parent not in parameters:
+                return None
+            found = possible(parameters[parent], options)
+            if parent in allowed:
+                known = set(map(_identity, allowed[parent]))
+                found = [option for option in found if _identity(option) in known]
+            allowed[parent] = tuple(found)
+            if not found:
+                return None
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    return allowed
+
+
+def draw(
+    parameters: Mapping[str, Values | Range],
+    rng: random.Random,
+    among: Mapping[str, Sequence[Any]] | None = None,
+) -> dict[str, Any]:
+    """One random point that observes the conditions.
+
+    ``among`` narrows parameters to some of their values; the others are drawn from all of theirs.
+    """
+    values: dict[str, Any] = {}
+    for path in ordered(parameters):
+        parameter = parameters[path]
+        if parameter.holds(values):
+            narrowed = (among or {}).get(path)
+            values[path] = rng.choice(narrowed) if narrowed else _drawn(parameter, rng)
+    return values
+
+
+def _drawn(parameter: Values | Range, rng: random.Random) -> Any:
+    if isinstance(parameter, Values):
+        return rng.choice(parameter.values)
+    points, low, high = parameter.points, parameter.low, parameter.high
+    if not parameter.log:
+        return rng.choice(points) if points is not None else rng.uniform(low, high)
+    # Whole numbers: each owns the unit interval around it on the logarithmic scale, as in Optuna.
+    margin = 0.5 if parameter.integer else 0.0
+    value = math.exp(rng.uniform(math.log(low - margin), math.log(high + margin)))
+    return min(max(round(value) if parameter.integer else value, low), high)

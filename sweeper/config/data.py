@@ -6,6 +6,7 @@ that does not divide the image is found in the study file and not by a worker.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -162,18 +163,29 @@ def shape_of(data: DataConfig) -> DataShape | None:
 
 def _folder_shape(root: Path) -> DataShape | None:
     """Look at the class folders and the first image of ``root/train``."""
+    try:
+        return _first_image(root / "train", (root / "train").stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _first_image(train: Path, changed_ns: int) -> DataShape:
+    """The shape of a folder's images. Every trial of a study asks, so the answer is kept.
+
+    ``changed_ns`` is when class folders last came or went, and part of the key. Raises OSError
+    or ValueError where there is no readable image, which is not kept.
+    """
     from PIL import Image  # kept out of the start-up of commands that read no image folder
 
+    classes = sorted(entry for entry in train.iterdir() if entry.is_dir())
+    files = (file for folder in classes for file in sorted(folder.iterdir()))
+    first = next((file for file in files if file.suffix.lower() in IMAGE_SUFFIXES), None)
+    if first is None:
+        raise FileNotFoundError(f"{train} has no images")
     try:
-        classes = sorted(entry for entry in (root / "train").iterdir() if entry.is_dir())
-        first = next(
-            file
-            for folder in classes
-            for file in sorted(folder.iterdir())
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        )
         with Image.open(first) as image:
             channels = 1 if image.mode in {"1", "L", "I;16", "LA"} else 3
             return DataShape(channels, image.height, image.width, len(classes))
-    except (OSError, StopIteration):
-        return None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error

@@ -157,8 +157,11 @@ class HyperbandPruner(_EpochPruner):
     reduction: int = Field(default=3, ge=2)
 
 
-class PatientPruner(_EpochPruner):
-    """Ends a trial that has not improved by ``min_delta`` for ``patience`` epochs."""
+class PatientPruner(Section):
+    """Ends a trial whose last ``patience`` + 1 epochs were all worse than its best before them.
+
+    Worse by more than ``min_delta``; a trial that stands still goes on.
+    """
 
     name: Literal["patient"]
     patience: int = Field(default=5, ge=1)
@@ -281,28 +284,32 @@ def overlay(sections: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     """``sections`` with every dotted path of ``values`` set; shared parts are copied, not changed.
 
     Setting a ``name`` (another model, data set or schedule) to a new value drops the fields that
-    belong to the former one and which the new one does not know.
+    belong to the former one and which the new one does not know. Outer paths are set before
+    inner ones and names before the fields they bring, whatever the order of ``values``.
     """
-    from sweeper.study.variants import fields_of  # the table of which name has which fields
-
     result: dict[str, Any] = copy.deepcopy(dict(sections))
-    for path, value in sorted(values.items(), key=lambda item: not item[0].endswith(".name")):
+    for path in sorted(values, key=lambda path: (path.count("."), not path.endswith(".name"))):
         *parents, leaf = path.split(".")
         target = result
         for parent in parents:
             child = target.get(parent)
             if isinstance(child, str):
                 child = {"name": child}
-            elif not isinstance(child, dict):
+            elif isinstance(child, Mapping):
+                child = dict(child)  # a value of the space is shared by all trials
+            else:
                 child = {}
             target[parent] = child
             target = child
-        if leaf == "name" and target.get("name") != value:
-            known = fields_of(".".join(parents), str(value))
-            former = fields_of(".".join(parents), str(target.get("name")))
-            if known is not None and former is not None:
-                for key in list(target):
-                    if key not in known and key in former:
-                        del target[key]
-        target[leaf] = value
+        if leaf == "name":
+            _drop_former_fields(".".join(parents), target, str(values[path]))
+        target[leaf] = values[path]
     return result
+
+
+def _drop_former_fields(path: str, section: dict[str, Any], name: str) -> None:
+    """Remove from ``section`` what its former variant had and the one called ``name`` has not."""
+    from sweeper.study.variants import foreign_fields  # which imports this module
+
+    for key in foreign_fields(path, section, name):
+        del section[key]

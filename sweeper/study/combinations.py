@@ -1,0 +1,208 @@
+"""Checks that build trials: values that are right one by one and do not fit together.
+
+Every point of a small grid is built, and of a larger space each value of each parameter once
+besides a few hundred seeded random points. What fails is told as the fewest values that do it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from sweeper.space import Range, Values, draw, grid, grid_size, position, requirements, same
+from sweeper.study.draft import Draft
+from sweeper.study.messages import Finding, Path, findings
+from sweeper.study.spec import SECTIONS, TrialConfig, overlay
+from sweeper.study.variants import fields_of
+
+ALL_POINTS: Final = 2_000
+"""Spaces of up to so many points are built completely."""
+RANDOM_POINTS: Final = 200
+ALTERNATIVES: Final = 8
+ANALYSED: Final = 20
+"""So many failing points are looked into; more say nothing new."""
+
+Point = Mapping[str, Any]
+Failures = Callable[[Point], list[Finding]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cause:
+    """Why points fail: what they share, and the parameters of which another value helps.
+
+    ``value``: set where one value of one list is to blame, in a tuple.
+    """
+
+    kind: str
+    involved: tuple[str, ...]
+    value: tuple[Any, ...] = ()
+
+    def explains(self, kind: str, point: Point) -> bool:
+        if kind != self.kind:
+            return False
+        return not self.value or same(point.get(self.involved[0], _ABSENT), self.value[0])
+
+
+_ABSENT: Final = ("absent",)
+
+
+def combination_mistakes(draft: Draft) -> Iterator[Finding]:
+    """What fails when the trials of the space, and of the reference, are put together."""
+    sections = draft.spec.sections()
+
+    def failures(point: Point) -> list[Finding]:
+        return _failures(sections, point)
+
+    if not all(draft.sound(section) for section in SECTIONS):
+        return
+    if draft.sound("parameters"):
+        yield from _space_mistakes(draft, failures)
+    trials = draft.spec.reference.trials if draft.spec.reference else ()
+    for index, trial in enumerate(trials):
+        base: Path = ("reference", "trials", index)
+        if draft.sound(*base):
+            for finding in failures(trial.params):
+                path = _param_path(finding, trial.params, (*base, "params"))
+                yield Finding(path=path or base, message=finding.message)
+
+
+def _failures(sections: Mapping[str, Any], point: Point) -> list[Finding]:
+    try:
+        TrialConfig.model_validate(overlay(sections, point))
+    except ValidationError as error:
+        return findings(error, TrialConfig)
+    return []
+
+
+def _space_mistakes(draft: Draft, failures: Failures) -> Iterator[Finding]:
+    causes: list[_Cause] = []
+    analysed = 0
+    for point in _points(draft.spec.parameters):
+        for finding in failures(point):
+            kind = _kind(finding)
+            known = any(cause.explains(kind, point) for cause in causes)
+            if known or analysed >= ANALYSED:
+                continue
+            analysed += 1
+            cause = _cause(draft.spec.parameters, point, kind, failures)
+            causes.append(cause)
+            yield _report(draft, finding, point, cause)
+
+
+def _kind(finding: Finding) -> str:
+    """What failures of one cause share: where, and the words before the first figure."""
+    words = finding.message.split(",")[0]
+    return f"{finding.path}{''.join(c for c in words if not c.isdigit())}"
+
+
+def _cause(
+    parameters: Mapping[str, Values | Range], point: Point, kind: str, failures: Failures
+) -> _Cause:
+    involved = tuple(_involved(parameters, point, kind, failures))
+    one_value = len(involved) == 1 and isinstance(parameters[involved[0]], Values)
+    value = (point[involved[0]],) if one_value else ()
+    return _Cause(kind=kind, involved=involved, value=value)
+
+
+def _points(parameters: Mapping[str, Values | Range]) -> Iterator[Point]:
+    finite = all(not isinstance(p, Range) or p.points is not None for p in parameters.values())
+    if finite and grid_size(parameters, ALL_POINTS + 1) <= ALL_POINTS:
+        yield from grid(parameters)
+        return
+    rng = random.Random(0)
+    for path, parameter in parameters.items():
+        needed = requirements(parameters, path) or {}
+        for value in _some_values(parameter, rng):
+            yield draw(parameters, rng, {**needed, path: [value]})
+    for _ in range(RANDOM_POINTS):
+        yield draw(parameters, rng)
+
+
+def _some_values(parameter: Values | Range, rng: random.Random) -> Sequence[Any]:
+    if isinstance(parameter, Values):
+        return parameter.values
+    drawn = [draw({"": parameter.model_copy(update={"when": {}})}, rng)[""] for _ in range(3)]
+    number = int if parameter.integer else float
+    return [number(parameter.low), number(parameter.high), *drawn]
+
+
+def _involved(
+    parameters: Mapping[str, Values | Range], point: Point, kind: str, failures: Failures
+) -> list[str]:
+    """The parameters of ``point`` of which another value would avoid the failure."""
+    rng = random.Random(0)
+    found = []
+    for path in point:
+        parameter = parameters[path]
+        if isinstance(parameter, Values):
+            others: Sequence[Any] = parameter.values[: ALTERNATIVES + 1]
+        else:
+            others = [v for _ in range(3) for v in _some_values(parameter, rng)]
+        for other in others:
+            if all(_kind(finding) != kind for finding in failures({**point, path: other})):
+                found.append(path)
+                break
+    return found
+
+
+def _report(draft: Draft, finding: Finding, point: Point, cause: _Cause) -> Finding:
+    """The finding at the parameter that is to blame, with an example where several are."""
+    parameters, involved = draft.spec.parameters, cause.involved
+    message = finding.message
+    dotted = ".".join(map(str, finding.path))
+    if finding.at == "key" and dotted in point:
+        return _foreign(draft, dotted, message)
+    if cause.value:
+        own = parameters[involved[0]]
+        index = position(own, cause.value[0]) if isinstance(own, Values) else None
+        return Finding(path=("parameters", involved[0], "values", index or 0), message=message)
+    if len(involved) == 1:
+        path = involved[0]
+        message += f"; give {path} a step, or list its values (it may now be {point[path]})"
+        return Finding(path=("parameters", path), message=message)
+    if involved:
+        example = ", ".join(f"{path}={point[path]}" for path in involved)
+        return Finding(
+            path=("parameters", involved[0]),
+            message=f"{message}; that is so for {example}: leave such values out, or set 'when'",
+            at="key",
+        )
+    at_parameter = _param_path(finding, point, ("parameters",))
+    if at_parameter:
+        return Finding(path=at_parameter[:2], message=message, at="key")
+    return Finding(path=_section_path(finding), message=message, at=finding.at)
+
+
+def _foreign(draft: Draft, path: str, message: str) -> Finding:
+    """A parameter that some variant of its section does not have, and no condition to say so."""
+    parent, _, leaf = path.rpartition(".")
+    chooser = draft.spec.parameters.get(f"{parent}.name")
+    owners = [
+        str(name)
+        for name in (chooser.values if isinstance(chooser, Values) else ())
+        if leaf in (fields_of(parent, str(name)) or ())
+    ]
+    if owners:
+        message += f"; give {path} the condition when: {{{parent}.name: [{', '.join(owners)}]}}"
+    return Finding(path=("parameters", path), message=message, at="key")
+
+
+def _param_path(finding: Finding, params: Point, base: Path) -> Path | None:
+    """The entry of ``params`` that the finding is about, or None where it is about none."""
+    words = [str(part) for part in _section_path(finding)]
+    for length in range(len(words), 0, -1):
+        if (path := ".".join(words[:length])) in params:
+            return (*base, path)
+    return None
+
+
+def _section_path(finding: Finding) -> Path:
+    """Where in the sections a failure lies; a model's own check names its field first."""
+    if finding.path:
+        return finding.path
+    field = finding.message.split(" ", 1)[0]
+    return ("model", field) if field.isidentifier() else (SECTIONS[1],)
