@@ -12,6 +12,7 @@
     ├── OutOfReachError             3   a server does not answer
     │   ├── StoreUnreachableError   3
     │   └── TrackerUnreachableError 3
+    ├── TrackerRefusedError         1   MLflow does not accept what was sent
     ├── WorkersFailedError          1   workers die as fast as they are started
     ├── TrialDivergedError          –   NaN or infinity: how one trial ends, never how sweeper does
     └── TrialLostError              –   the store gave the trial to another worker
@@ -97,6 +98,10 @@ class StoreUnreachableError(OutOfReachError):
 
 class TrackerUnreachableError(OutOfReachError):
     """The MLflow server does not answer."""
+
+
+class TrackerRefusedError(SweeperError):
+    """MLflow does not accept what was sent."""
 
 
 class WorkersFailedError(SweeperError):

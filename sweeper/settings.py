@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 RUN_KEY_TAG: Final = "sweeper.key"
 STUDY_TAG: Final = "sweeper.study"
@@ -30,6 +30,8 @@ STATE_TAG: Final = "sweeper.state"
 ATTEMPT_TAG: Final = "sweeper.attempt"
 WORKER_TAG: Final = "sweeper.worker"
 OUTCOME_TAG: Final = "sweeper.outcome"
+STARTED_TAG: Final = "sweeper.started"
+NONFINITE_TAG: Final = "sweeper.nonfinite"
 COMMIT_TAG: Final = "mlflow.source.git.commit"
 
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -63,14 +65,14 @@ class Settings:
         return cls(
             home=home_path,
             data=Path(data).expanduser().absolute(),
-            store_url=store or env.get("SWEEPER_STORE") or f"sqlite:///{home_path / 'optuna.db'}",
+            store_url=store or env.get("SWEEPER_STORE") or sqlite_url(home_path / "optuna.db"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
         )
 
     @property
     def embedded_tracking_uri(self) -> str:
         """The MLflow database of the home folder, which a client can open without a server."""
-        return f"sqlite:///{self.home / 'mlflow.db'}"
+        return sqlite_url(self.home / "mlflow.db")
 
     @property
     def artifacts(self) -> Path:
@@ -83,6 +85,15 @@ class Settings:
     @property
     def spool(self) -> Path:
         return self.home / "spool"
+
+    @property
+    def server_file(self) -> Path:
+        """Process and port of the MLflow server that sweeper started for this home folder."""
+        return self.home / "server.json"
+
+    @property
+    def server_log(self) -> Path:
+        return self.home / "logs" / "mlflow.log"
 
     @property
     def reports(self) -> Path:
@@ -102,6 +113,14 @@ class Settings:
         if self.tracking_uri:
             variables["MLFLOW_TRACKING_URI"] = self.tracking_uri
         return variables
+
+
+def sqlite_url(file: Path) -> str:
+    """The SQLAlchemy URL of a database file; quoted only where its name would be misread."""
+    plain = f"sqlite:///{file}"
+    if make_url(plain).database == str(file):
+        return plain
+    return URL.create("sqlite", database=str(file)).render_as_string()
 
 
 def masked(url: str) -> str:

@@ -1,0 +1,283 @@
+"""From journal to server: repeat the calls of records, such that repeating them again is harmless.
+
+What makes it so: times come from the records; a run is looked for by its key before it is created;
+MLflow stores equal points once; and of two attempts at one key, an older one that arrives later
+changes neither status nor existing tags (the tag ``sweeper.started`` says when the latest began).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sweeper.errors import TrackerRefusedError
+from sweeper.settings import RUN_KEY_TAG, STARTED_TAG
+from sweeper.tracking import mlflow
+from sweeper.tracking.batch import Batch, Point, batches, halves
+from sweeper.tracking.mlflow import ServerFailedError
+from sweeper.tracking.records import Kind, Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_log = logging.getLogger(__name__)
+PATIENCE: Final = 10
+"""How often the server may fail at the same records before they count as refused."""
+
+RunIdCallback = Callable[[str, str], None]
+"""Called with a run's key and id as soon as the server has named it."""
+
+_Place = tuple[str, str]  # experiment's name, run's key
+
+
+@dataclass(kw_only=True, slots=True)
+class _Run:
+    """A run as the server has it. ``steps``: the steps it has of each metric, as far as known;
+    None for a run that this process created, where nobody else writes."""
+
+    run_id: str
+    started_ms: int
+    steps: dict[str, set[int]] | None
+    pending: Batch = field(default_factory=Batch)
+
+
+class Shipper:
+    """Sends records to one server. Not safe for several threads."""
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        spool: Path,
+        *,
+        set_aside: Callable[[Mapping[str, Any]], None],
+        on_run_id: RunIdCallback | None = None,
+    ) -> None:
+        self._tracking_uri = tracking_uri
+        self._spool = spool
+        self._set_aside = set_aside
+        self._on_run_id = on_run_id
+        self._client: MlflowClient | None = None
+        self._experiments: dict[str, str] = {}
+        self._runs: dict[_Place, _Run] = {}
+        self._dirty: dict[_Place, _Run] = {}
+        self._failures = 0
+        self._warned: set[str] = set()
+        self.rejected = 0
+
+    def ship(self, records: Sequence[Record]) -> list[Path]:
+        """Send all records, or raise TrackerUnreachableError; then send them again later.
+
+        What the server refuses for good is set aside, and does not stop the rest. Returns the
+        artifact files that have arrived and are not needed any more.
+        """
+        arrived: list[Path] = []
+        try:
+            for record in records:
+                with self._refusals(record, record.data):
+                    self._send(record, arrived)
+            for place in list(self._dirty):
+                self._flush(place)
+        except Exception as error:
+            self._failures += isinstance(error, ServerFailedError)
+            self._dirty.clear()  # the records come again, and what was gathered with them
+            self._runs.clear()
+            raise
+        self._failures = 0
+        return arrived
+
+    def _send(self, record: Record, arrived: list[Path]) -> None:
+        place = (record.experiment, record.key)
+        run = self._start(place, record) if record.kind is Kind.START else self._run(place)
+        self._gather(place, run, record)
+        if record.kind is Kind.FILE:
+            file = self._spool / record.data["file"]
+            with self._call():
+                mlflow.log_artifact(self.client, run.run_id, file, record.data["folder"])
+            arrived.append(file)
+        if record.kind is Kind.END:
+            self._flush(place)
+            if record.time_ms >= run.started_ms:
+                with self._call():
+                    mlflow.set_status(
+                        self.client, run.run_id, record.data["status"], end_time_ms=record.time_ms
+                    )
+            del self._runs[place]
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            self._client = mlflow.connect(self._tracking_uri)
+        return self._client
+
+    def _experiment(self, name: str) -> str:
+        if name not in self._experiments:
+            with self._call():
+                self._experiments[name] = mlflow.experiment_id(self.client, name)
+        return self._experiments[name]
+
+    def _run(self, place: _Place) -> _Run:
+        """The run of a record that does not start it."""
+        if place in self._runs:
+            return self._runs[place]
+        experiment, key = place
+        with self._call():
+            found = mlflow.find_run(self.client, self._experiment(experiment), key)
+        if found is None:
+            raise TrackerRefusedError(
+                f"the experiment {experiment!r} must have a run {key}, but it has none (deleted?)"
+            )
+        return self._remember(place, found)
+
+    def _remember(self, place: _Place, found: Run) -> _Run:
+        started = found.data.tags.get(STARTED_TAG, "0")
+        run = self._runs[place] = _Run(
+            run_id=str(found.info.run_id),
+            started_ms=int(started) if started.isdigit() else 0,
+            steps={},
+        )
+        return run
+
+    def _start(self, place: _Place, record: Record) -> _Run:
+        if place in self._runs:
+            self._flush(place)
+        experiment = self._experiment(record.experiment)
+        with _one_at_a_time(self._spool), self._call():
+            found = mlflow.find_run(self.client, experiment, record.key)
+            if found is None:
+                run = self._runs[place] = self._create(experiment, record)
+            else:
+                run = self._remember(place, found)
+                if record.time_ms > run.started_ms:
+                    mlflow.set_status(self.client, run.run_id, "RUNNING")
+                    run.started_ms = record.time_ms
+                    run.pending.tags[STARTED_TAG] = str(record.time_ms)
+        if self._on_run_id is not None:
+            try:
+                self._on_run_id(record.key, run.run_id)
+            except Exception as error:  # noqa: BLE001 - the caller's code must not stop the spool
+                _log.warning("the run id of %s could not be passed on: %s", record.key, error)
+        return run
+
+    def _create(self, experiment: str, record: Record) -> _Run:
+        started = {RUN_KEY_TAG: record.key, STARTED_TAG: str(record.time_ms)}
+        run_id = mlflow.create_run(
+            self.client,
+            experiment,
+            name=record.data["name"],
+            start_time_ms=record.time_ms,
+            tags={**record.data["tags"], **started},
+        )
+        return _Run(run_id=run_id, started_ms=record.time_ms, steps=None)
+
+    def _gather(self, place: _Place, run: _Run, record: Record) -> None:
+        """Put a record's metrics, parameters and tags to what is sent with the next batch."""
+        data = record.data
+        self._dirty[place] = run
+        tags = data.get("tags", {})
+        if tags and record.time_ms < run.started_ms:
+            with self._call():
+                present = mlflow.get_run(self.client, run.run_id).data.tags
+            tags = {name: value for name, value in tags.items() if name not in present}
+        run.pending.tags.update(tags)
+        for name, value in data.get("params", {}).items():
+            if run.pending.params.setdefault(name, value) != value:  # for the server to refuse
+                self._flush(place)
+                run.pending.params[name] = value
+        step = data.get("step", 0)
+        for name, value in data.get("metrics", {}).items():
+            if record.kind is Kind.END or self._is_new(run, name, step):
+                run.pending.metrics.append(
+                    Point(name=name, value=value, time_ms=record.time_ms, step=step)
+                )
+        if data.get("dataset"):
+            with self._refusals(record, {"dataset": data["dataset"]}), self._call():
+                mlflow.log_dataset(self.client, run.run_id, data["dataset"])
+
+    def _is_new(self, run: _Run, metric: str, step: int) -> bool:
+        """Whether a run that others wrote to lacks this point; from now on it has it."""
+        if run.steps is None:
+            return True
+        if metric not in run.steps:
+            with self._call():
+                run.steps[metric] = mlflow.steps_of(self.client, run.run_id, metric)
+        new = step not in run.steps[metric]
+        run.steps[metric].add(step)
+        return new
+
+    def _flush(self, place: _Place) -> None:
+        run = self._runs[place]
+        pending, run.pending = run.pending, Batch()
+        self._dirty.pop(place, None)
+        for batch in batches(pending.metrics, pending.params, pending.tags):
+            try:
+                self._log(run, batch)
+            except TrackerRefusedError as error:
+                if len(batch) > 1 and self._is_active(run):
+                    self._search(place, run, batch)
+                else:
+                    self._reject(place, batch.as_dict(), error)
+
+    def _is_active(self, run: _Run) -> bool:
+        """False for a run that people deleted meanwhile: it takes nothing any more."""
+        try:
+            with self._call():
+                return bool(
+                    mlflow.get_run(self.client, run.run_id).info.lifecycle_stage == "active"
+                )
+        except TrackerRefusedError:
+            return False
+
+    def _search(self, place: _Place, run: _Run, batch: Batch) -> None:
+        """Send a refused batch in ever smaller parts, until the refused entry is alone."""
+        for half in halves(batch):
+            try:
+                self._log(run, half)
+            except TrackerRefusedError as error:
+                if len(half) > 1:
+                    self._search(place, run, half)
+                else:
+                    self._reject(place, half.as_dict(), error)
+
+    def _log(self, run: _Run, batch: Batch) -> None:
+        with self._call():
+            mlflow.log_batch(self.client, run.run_id, batch)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """A call that keeps failing inside the server counts as refused, or it would block."""
+        try:
+            yield
+        except ServerFailedError as error:
+            if self._failures < PATIENCE:
+                raise
+            raise TrackerRefusedError(str(error)) from error
+
+    @contextlib.contextmanager
+    def _refusals(self, record: Record, what: Mapping[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except TrackerRefusedError as error:
+            place = (record.experiment, record.key)
+            self._reject(place, {"kind": record.kind, **what}, error)
+
+    def _reject(self, place: _Place, what: Mapping[str, Any], error: TrackerRefusedError) -> None:
+        experiment, key = place
+        self.rejected += 1
+        self._set_aside({"experiment": experiment, "key": key, "reason": str(error), **what})
+        level = logging.DEBUG if key in self._warned else logging.WARNING
+        self._warned.add(key)
+        _log.log(level, "MLflow refuses a part of the run %s, it is set aside: %s", key, error)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(spool: Path) -> Iterator[None]:
+    """Only one process of this machine looks for a run and creates it at a time."""
+    with (spool / "create.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,377 @@
+"""The tracker that workers and controller use: a journal first, the server in the background.
+
+A call of :class:`SpoolTracker` appends one record to a local file (about 20 µs) and returns. A
+thread sends what is in the file, about once a second, waits ever longer while the server is out of
+reach (half a second to half a minute), and never gives up. What a process could not send before it
+died, :func:`replay` sends later. Nothing is counted as sent before the server has answered, and
+sending twice is harmless (see `sweeper.tracking.shipping`).
+
+The file is synchronized to disk when a run ends, by the thread: training does not wait for a disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from sweeper.errors import TrackerUnreachableError
+from sweeper.settings import NONFINITE_TAG, worker_name
+from sweeper.tracking.journal import Journal, JournalFiles, claimed, left_behind
+from sweeper.tracking.mlflow import ServerFailedError
+from sweeper.tracking.records import Kind, Record
+from sweeper.tracking.shipping import PATIENCE, RunIdCallback, Shipper
+from sweeper.tracking.protocol import STATUSES, Nonfinite, RunStart, plain, text
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 30.0
+_RESTART_BYTES: Final = 16 << 20
+
+Address = str | Callable[[], str | None]
+"""Where the server is, or a function that tells: it is asked again after every failure, and
+answers None while there is none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Known:
+    """What the writing side remembers of a run it started."""
+
+    experiment: str
+    step: int = 0
+    nonfinite: Nonfinite = field(default_factory=Nonfinite)
+
+
+class SpoolTracker:
+    """A :class:`~sweeper.tracking.protocol.Tracker` that keeps everything in ``folder`` first.
+
+    ``on_run_id`` is called with a run's key and id, in the sending thread, once the server has
+    named it. ``gather_s`` is how long records gather before they are sent together.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        address: Address,
+        *,
+        writer: str | None = None,
+        on_run_id: RunIdCallback | None = None,
+        gather_s: float = 1.0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(folder, writer or worker_name())
+        self._sender = _Sender(self._journal, address, on_run_id, gather_s)
+        self._runs: dict[str, _Known] = {}
+        self._full = False
+        self._sender.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self, run: RunStart) -> None:
+        self._runs[run.key] = _Known(experiment=run.experiment)
+        data = {
+            "name": run.name,
+            "params": {name: text(value) for name, value in run.params.items()},
+            "tags": dict(run.tags),
+            "dataset": run.dataset,
+        }
+        self._append(Kind.START, run.key, run.start_time_ms, data)
+
+    def log(self, key: str, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
+        self._known(key).step = step
+        self._append(Kind.LOG, key, timestamp_ms, self._measured(key, metrics, step))
+
+    def note(
+        self,
+        key: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        dataset: Mapping[str, Any] | None = None,
+    ) -> None:
+        data = self._measured(key, metrics or {}, 0, tags)
+        data["params"] = {name: text(value) for name, value in (params or {}).items()}
+        data["dataset"] = dataset
+        self._append(Kind.NOTE, key, _now_ms(), data)
+
+    def artifact(self, key: str, file: Path, folder: str = "") -> None:
+        self._append(Kind.FILE, key, _now_ms(), {"folder": folder}, file)
+
+    def end(
+        self,
+        key: str,
+        *,
+        status: str,
+        end_time_ms: int,
+        metrics: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        if status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, but got {status!r}")
+        data = self._measured(key, metrics or {}, self._known(key).step, tags)
+        self._append(Kind.END, key, end_time_ms, {**data, "status": status})
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait until everything said so far has arrived; how many records have not."""
+        return self._sender.flush(timeout_s)
+
+    def close(self, timeout_s: float = 10.0) -> int:
+        """Flush, and end the thread; how many records are left for :func:`replay`."""
+        left = self._sender.close(timeout_s)
+        if left == 0 and not self._sender.is_alive():
+            self._journal.remove()
+        self._journal.close()
+        return left
+
+    def _known(self, key: str) -> _Known:
+        known = self._runs.get(key)
+        if known is None:
+            raise ValueError(f"the run {key!r} must be started before anything is said of it")
+        return known
+
+    def _measured(
+        self,
+        key: str,
+        metrics: Mapping[str, float],
+        step: int,
+        tags: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        values, odd = plain(metrics)
+        told = self._known(key).nonfinite.tag(odd, step) if odd else None
+        labels = {**(tags or {}), **({NONFINITE_TAG: told} if told else {})}
+        return {"metrics": values, "step": step, "tags": labels}
+
+    def _append(
+        self, kind: Kind, key: str, time_ms: int, data: Mapping[str, Any], file: Path | None = None
+    ) -> None:
+        """Write a record. A disk that takes nothing more costs measurements, never the trial."""
+        experiment = self._known(key).experiment
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"an artifact must be a file, but {file} is none")
+        try:
+            if file is not None:
+                data = {**data, "file": self._journal.keep_file(file)}
+            self._sender.write(kind, key, experiment, time_ms, data)
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                _log.warning("the spool takes no more records, they are lost: %s", error)
+            self._full = True
+
+
+class _Sender(threading.Thread):
+    """The thread that sends a journal, and what it shares with the writing side.
+
+    ``_changed`` guards the counters and the journal's file: ``_written`` and ``_shipped`` count
+    records, ``_hurried`` those who wait in ``flush``.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        address: Address,
+        on_run_id: RunIdCallback | None,
+        gather_s: float,
+    ) -> None:
+        super().__init__(name="tracker", daemon=True)
+        self._journal = journal
+        self._address = address
+        self._on_run_id = on_run_id
+        self._gather_s = gather_s
+        self._changed = threading.Condition()
+        self._written = self._shipped = self._offset = 0
+        self._hurried = 0
+        self._deadline: float | None = None
+        self._sync_due = False
+        self._failures = 0
+        self._shipper: tuple[str, Shipper] | None = None
+
+    def write(
+        self, kind: Kind, key: str, experiment: str, time_ms: int, data: Mapping[str, Any]
+    ) -> None:
+        with self._changed:
+            self._journal.append(
+                Record(
+                    number=self._written + 1,
+                    kind=kind,
+                    key=key,
+                    experiment=experiment,
+                    time_ms=time_ms,
+                    data=data,
+                )
+            )
+            self._written += 1
+            self._sync_due = self._sync_due or kind is Kind.END
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> int:
+        with self._changed:
+            target = self._written
+            self._hurried += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._shipped >= target, timeout_s)
+            self._hurried -= 1
+            return self._written - self._shipped
+
+    def close(self, timeout_s: float) -> int:
+        with self._changed:
+            self._deadline = time.monotonic() + timeout_s
+            self._changed.notify_all()
+        self.join(timeout_s + 1)
+        return self._written - self._shipped
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._written > self._shipped or self._closing)
+                if self._closing and (self._written == self._shipped or self._too_late()):
+                    return
+                self._changed.wait_for(lambda: self._hurried or self._closing, self._gather_s)
+            try:
+                self._work()
+            except Exception as error:  # noqa: BLE001 - the thread lives as long as the process
+                self._after_failure(error)
+
+    @property
+    def _closing(self) -> bool:
+        return self._deadline is not None
+
+    def _too_late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _work(self) -> None:
+        if self._sync_due:
+            self._sync_due = False
+            self._journal.sync()
+        chunk = self._journal.read(self._offset)
+        if chunk.end == self._offset:
+            raise OSError(f"{self._journal.path} must hold what was written, but was cut short")
+        files = self._connected().ship(chunk.records)
+        self._journal.set_offset(chunk.end)
+        self._journal.drop(files)
+        if self._failures:
+            _log.info("MLflow answers again")
+        self._failures = 0
+        with self._changed:
+            self._offset = chunk.end
+            self._shipped += len(chunk.records)
+            if self._shipped == self._written and self._offset > _RESTART_BYTES:
+                self._journal.restart()
+                self._offset = 0
+            self._changed.notify_all()
+
+    def _connected(self) -> Shipper:
+        address = self._address if isinstance(self._address, str) else self._address()
+        if address is None:
+            raise TrackerUnreachableError("no MLflow server is running")
+        if self._shipper is None or self._shipper[0] != address:
+            folder = self._journal.path.parent
+            self._shipper = (
+                address,
+                Shipper(
+                    address,
+                    folder,
+                    set_aside=self._journal.set_aside,
+                    on_run_id=self._on_run_id,
+                ),
+            )
+        return self._shipper[1]
+
+    def _after_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == 1:
+            _log.warning("MLflow is out of reach, measurements wait in the spool: %s", error)
+        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))
+        pause_s *= random.uniform(0.5, 1)  # so that many workers do not come back at once
+        with self._changed:
+            if self._hurried or self._closing:
+                self._changed.wait_for(lambda: False, min(pause_s, _FIRST_PAUSE_S))
+            else:
+                self._changed.wait_for(lambda: self._hurried or self._closing, pause_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """What :func:`replay` did: records that arrived, that the server refused, that are left (with
+    the problem), lines that a killed process left unfinished, and journals whose process lives."""
+
+    delivered: int = 0
+    rejected: int = 0
+    left: int = 0
+    torn: int = 0
+    live: int = 0
+    problem: str | None = None
+
+
+def replay(folder: Path, tracking_uri: str, *, on_run_id: RunIdCallback | None = None) -> Replayed:
+    """Send what processes that are gone left in the spool ``folder``, and delete their journals.
+
+    Safe beside live workers and beside another replay: a journal belongs to who has its lock.
+    """
+    delivered = rejected = left = torn = live = 0
+    problem: str | None = None
+    for path in left_behind(folder):
+        with claimed(path) as journal:
+            if journal is None:
+                live += path.exists()
+                continue
+            shipper = Shipper(
+                tracking_uri, folder, set_aside=journal.set_aside, on_run_id=on_run_id
+            )
+            offset = journal.offset()
+            while (chunk := journal.read(offset)).end > offset:
+                torn += chunk.torn
+                if problem is None:
+                    problem = _insist(shipper, journal, chunk.records, chunk.end)
+                if problem is None:
+                    delivered += len(chunk.records)
+                else:
+                    left += len(chunk.records)
+                offset = chunk.end
+            torn += path.stat().st_size > offset
+            rejected += shipper.rejected
+            if problem is None:
+                journal.remove()
+    return Replayed(
+        delivered=delivered, rejected=rejected, left=left, torn=torn, live=live, problem=problem
+    )
+
+
+def _insist(
+    shipper: Shipper, journal: JournalFiles, records: tuple[Record, ...], end: int
+) -> str | None:
+    """Send records and note it; the problem that prevents it, if any."""
+    for attempt in range(PATIENCE + 1):
+        try:
+            files = shipper.ship(records)
+        except ServerFailedError as error:
+            if attempt == PATIENCE:
+                return str(error)
+            time.sleep(_FIRST_PAUSE_S)
+        except TrackerUnreachableError as error:
+            return str(error)
+        else:
+            journal.set_offset(end)
+            journal.drop(files)
+            return None
+    return None
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
