@@ -33,7 +33,9 @@ import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ValidationError
 
+from sweeper.config import TrialConfig
 from sweeper.errors import TrialLostError
 from sweeper.space import contains, grid
 from sweeper.store import attributes as attr
@@ -88,16 +90,26 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
         case ReferenceOnly():
             return result
         case Grid():
-            taken = [spec.trial_config(trial.params) for trial in published]
             points = [
                 Ticket(key="grid/" + json.dumps(point, sort_keys=True), values=point)
                 for point in grid(spec.parameters)
             ]
+            taken = [_config(spec, trial.params) for trial in published]
             return result + [
-                ticket for ticket in points if spec.trial_config(ticket.values or {}) not in taken
+                ticket
+                for ticket in points
+                if not taken or _config(spec, ticket.values or {}) not in taken
             ]
     free = Ticket(key="sampler", values=None if spec.parameters else {})
     return result + [free] * (spec.search.trials or 1)
+
+
+def _config(spec: StudySpec, values: Mapping[str, Any]) -> TrialConfig | None:
+    """The configuration of a point, or None for one that no trial can have."""
+    try:
+        return spec.trial_config(values)
+    except ValidationError:
+        return None
 
 
 def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]) -> int:

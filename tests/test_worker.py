@@ -1,0 +1,224 @@
+"""One worker, in this process, on real digits: how trials end and what is said of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sweeper.errors import DataNotFoundError
+from sweeper.measurement import EPOCH_METRICS, FINAL_METRICS, Measurement
+from sweeper.settings import Settings
+from sweeper.store import Standing, Store, StoredStudy, open_store, queue, standing, studies
+from sweeper.study.spec import StudySpec
+from sweeper.tracking import MemoryTracker
+from sweeper.worker import Signals, Worker, flattened
+
+BASE = {
+    "name": "small",
+    "data": {"name": "digits", "limit": 200},
+    "model": {"name": "mlp", "width": 16, "layers": 1},
+    "train": {"epochs": 3, "batch_size": 50},
+    "search": {"trials": 2, "sampler": "random"},
+    "parameters": {"optimizer.lr": {"low": 1.0e-3, "high": 1.0e-2, "log": True}},
+}
+
+
+class Bench:
+    """A store, a tracker and a worker around one study."""
+
+    def __init__(self, home: Path, **sections: object) -> None:
+        spec = StudySpec.model_validate({**BASE, **sections})
+        self.settings = Settings.resolve(home=home, environment={"SWEEPER_DATA": str(home)})
+        self.store: Store = open_store(self.settings.store_url)
+        with self.store.exclusively():
+            study = studies.create(self.store, spec)
+            if study is None:
+                raise ValueError("the study is there already")
+            queue.fill(self.store, study.id, spec, queue.tickets(spec, with_reference=True))
+        self.study: StoredStudy = study
+        self.tracker = MemoryTracker()
+        self.signals = Signals()
+        self.worker = Worker(
+            store=self.store,
+            tracker=self.tracker,
+            settings=self.settings,
+            study=spec.name,
+            name="me",
+            signals=self.signals,
+        )
+
+    @property
+    def now(self) -> Standing:
+        return standing(self.store, self.study)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Bench]:
+    return lambda **sections: Bench(tmp_path, **sections)
+
+
+def test_a_study_is_trained_to_its_end(bench: Callable[..., Bench]) -> None:
+    found = bench()
+    found.worker.run()
+    now = found.now
+    assert now.counts["complete"] == 2
+    for row in now.rows:
+        assert row.worker == "me"
+        assert row.outcome == "completed"
+        assert set(FINAL_METRICS) <= set(row.metrics)
+        assert row.values[0] == row.metrics["max_val_accuracy"]
+        assert row.model_parameters == 64 * 16 + 16 + 16 * 10 + 10
+
+
+def test_every_trial_is_a_run_with_one_point_an_epoch(bench: Callable[..., Bench]) -> None:
+    found = bench()
+    found.worker.run()
+    run = found.tracker.runs["small/0"]
+    assert (run.name, run.experiment, run.status) == ("0000", "small", "FINISHED")
+    assert run.params["optimizer.lr"] == repr(found.now.rows[0].params["optimizer.lr"])
+    assert run.params["train.epochs"] == "3"
+    for metric in EPOCH_METRICS:
+        assert sorted(run.metrics[metric]) == [1, 2, 3], metric
+    assert run.tags["sweeper.state"] == "finished"
+    assert run.tags["sweeper.trial"] == "0"
+    assert run.metrics["test_accuracy"]
+    assert run.datasets[0]["name"] == "digits"
+
+
+def test_weights_of_the_best_trial_are_kept(bench: Callable[..., Bench]) -> None:
+    from safetensors.torch import load
+
+    found = bench()
+    found.worker.run()
+    best = found.now.best
+    assert best is not None
+    content = found.tracker.runs[f"small/{best.number}"].files["weights/weights.safetensors"]
+    assert set(load(content)) == {"layers.0.weight", "layers.0.bias", "head.weight", "head.bias"}
+
+
+def test_a_trial_that_diverges_is_a_bad_result(bench: Callable[..., Bench]) -> None:
+    found = bench(
+        parameters={"optimizer.lr": {"values": [1.0e38, 0.01]}},
+        search={"sampler": "grid"},
+        optimizer={"name": "sgd"},
+    )
+    found.worker.run()
+    assert [row.outcome for row in found.now.rows] == ["diverged", "completed"]
+    assert [row.state for row in found.now.rows] == ["pruned", "complete"]
+
+
+def test_a_configuration_that_does_not_fit_fails_alone(bench: Callable[..., Bench]) -> None:
+    found = bench(
+        model={"name": "mixer", "embed_dim": 8, "blocks": 1},
+        parameters={"model.patch": {"values": [3, 4]}},
+        search={"sampler": "grid"},
+    )
+    found.worker.run()
+    assert [row.outcome for row in found.now.rows] == ["invalid", "completed"]
+    assert "patch must divide the 8x8 image" in (found.now.rows[0].error or "")
+
+
+def test_a_model_that_raises_fails_with_its_traceback(bench: Callable[..., Bench]) -> None:
+    found = bench(model={"name": "tests.own_models:broken"}, search={"trials": 1})
+    found.worker.run()
+    row = found.now.rows[0]
+    assert row.outcome == "crashed"
+    assert "ZeroDivisionError" in (row.error or "")
+    assert found.tracker.runs["small/0"].status == "FAILED"
+
+
+def test_missing_data_end_the_worker_and_keep_the_trial(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    found = bench(data={"name": "image_folder", "root": str(tmp_path / "nowhere")})
+    with pytest.raises(DataNotFoundError, match="nowhere"):
+        found.worker.run()
+    assert found.now.counts["waiting"] == 2
+
+
+def test_a_signal_puts_the_trial_back_after_its_epoch(bench: Callable[..., Bench]) -> None:
+    found = bench(search={"trials": 1})
+
+    def log(key: str, metrics: object, step: int, timestamp_ms: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    found.signals.install()
+    original, found.tracker.log = found.tracker.log, log  # type: ignore[method-assign]
+    try:
+        found.worker.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    row = found.now.rows[0]
+    assert (row.state, row.epoch, row.attempt) == ("waiting", 1, 2)
+    assert found.tracker.runs["small/0"].status == "KILLED"
+
+    found.tracker.log = original  # type: ignore[method-assign]
+    found.signals.count = 0
+    found.worker.run()
+    row = found.now.rows[0]
+    assert (row.state, row.attempt) == ("complete", 2)
+    assert sorted(found.tracker.runs["small/0"].metrics["val_loss"]) == [2, 3]
+
+
+def test_a_cancelled_study_ends_trials_at_the_next_epoch(bench: Callable[..., Bench]) -> None:
+    from sweeper.store import Control
+
+    found = bench(
+        search={"trials": 2}, train={"epochs": 500, "batch_size": 50}, faults={"heartbeat_s": 1}
+    )
+    asked: list[int] = []
+
+    def log(key: str, metrics: object, step: int, timestamp_ms: int) -> None:
+        if step == 1:
+            studies.ask(found.store, found.study.id, Control.CANCEL)
+        asked.append(step)
+
+    found.tracker.log = log  # type: ignore[method-assign]
+    found.worker.run()
+    assert [row.outcome for row in found.now.rows] == ["cancelled", None]
+    assert len(asked) < 500
+
+
+def test_pruned_trials_end_early_and_their_test_set_is_not_read(
+    bench: Callable[..., Bench],
+) -> None:
+    found = bench(
+        search={
+            "sampler": "grid",
+            "pruner": {"name": "threshold", "lower": 0.99, "min_epochs": 1},
+        },
+        parameters={"optimizer.lr": {"values": [1.0e-5]}},
+    )
+    found.worker.run()
+    row = found.now.rows[0]
+    assert (row.outcome, row.epoch) == ("pruned", 1)
+    assert "test_accuracy" not in row.metrics
+
+
+def test_several_objectives_are_all_stored(bench: Callable[..., Bench]) -> None:
+    found = bench(objective=["val_accuracy", "seconds"], search={"trials": 2})
+    found.worker.run()
+    assert [len(row.values) for row in found.now.rows] == [2, 2]
+
+
+def test_the_same_study_gives_the_same_numbers(tmp_path: Path) -> None:
+    def accuracies(folder: str) -> list[float]:
+        found = Bench(tmp_path / folder, search={"trials": 3, "sampler": "tpe"})
+        found.worker.run()
+        return [row.metrics["val_loss"] for row in found.now.rows]
+
+    assert accuracies("a") == accuracies("b")
+
+
+def test_flattened_has_dotted_names() -> None:
+    assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
+
+
+def test_a_measurement_with_infinite_loss_is_not_finite() -> None:
+    assert not Measurement(epoch=1, metrics={"train_loss": float("inf")}).finite
+    assert Measurement(epoch=1, metrics={"train_loss": 1.0}).finite
