@@ -1,13 +1,20 @@
-"""Fixtures shared by all tests: real servers, started once."""
+"""Fixtures shared by all tests: real servers, started once, and small data sets in real formats."""
 
 from __future__ import annotations
 
+import gzip
+import struct
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sqlalchemy
+from PIL import Image
+
+from sweeper.settings import Settings
+from sweeper.tracking import LocalServer
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +40,87 @@ def postgres_database(postgres_server: str) -> Callable[[], str]:
         return admin.set(database=name).render_as_string(hide_password=False)
 
     return create
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server that ends with the tests."""
+    home = tmp_path_factory.mktemp("mlflow home")
+    with LocalServer(Settings.resolve(home=home, environment={})) as server:
+        yield server.ensure()
+
+
+@pytest.fixture
+def nasty_folder(tmp_path: Path) -> Path:
+    """An empty folder whose name has what breaks careless quoting."""
+    folder = tmp_path / """it's a "data" folder; 100% $HOME é"""
+    folder.mkdir()
+    return folder
+
+
+def learnable_images(
+    count: int, shape: tuple[int, ...], classes: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 ``[count, *shape]`` and labels in turn: a picture for each class, under noise.
+
+    A model that learns at all tells them apart, and no two images are equal.
+    """
+    patterns = np.random.default_rng(0).integers(0, 256, (classes, *shape))
+    labels = np.arange(count) % classes
+    noise = np.random.default_rng(seed + 1).normal(0, 60, (count, *shape))
+    return (patterns[labels] + noise).clip(0, 255).astype(np.uint8), labels
+
+
+def write_idx(path: Path, array: np.ndarray, *, packed: bool = False) -> None:
+    """``array`` (uint8) as an IDX file, with ``.gz`` where it is to be packed."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    if packed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content, mtime=0))
+    else:
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def idx_folder(nasty_folder: Path) -> Callable[..., Path]:
+    """Writes ``train`` and ``test`` images of an MNIST-like data set and gives the data folder."""
+
+    def write(
+        name: str = "kmnist", *, train: int = 200, test: int = 50, packed: bool = False
+    ) -> Path:
+        families = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+        raw = nasty_folder / families[name] / "raw"
+        raw.mkdir(parents=True)
+        for prefix, count, seed in (("train", train, 0), ("t10k", test, 1)):
+            images, labels = learnable_images(count, (28, 28), 10, seed)
+            write_idx(raw / f"{prefix}-images-idx3-ubyte", images, packed=packed)
+            write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels, packed=packed)
+        return nasty_folder
+
+    return write
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``train`` and ``test`` pictures of each class and gives the root folder."""
+
+    def write(
+        classes: Sequence[str] = ("cat", "it's a dog"),
+        *,
+        train: int = 12,
+        test: int = 4,
+        size: tuple[int, int] = (8, 8),
+        mode: str = "RGB",
+        suffix: str = ".png",
+    ) -> Path:
+        root = tmp_path / 'my "own" pictures'
+        shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+        for part, count, seed in (("train", train, 0), ("test", test, 1)):
+            images, labels = learnable_images(count * len(classes), shape, len(classes), seed)
+            for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+                folder = root / part / classes[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / f"{i:05d}{suffix}")
+        return root
+
+    return write

@@ -134,7 +134,10 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         host = urlsplit(url).hostname
         raise TimeoutError(f"{host} did not answer within {ANSWER_TIMEOUT_S:g} s") from None
     if isinstance(response, Exception):
-        raise response
+        try:
+            raise response
+        finally:
+            del response  # its traceback knows this frame: a cycle that keeps the socket open
     with response:
         yield response
 
