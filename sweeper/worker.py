@@ -140,6 +140,8 @@ class Worker:
 
         Raises UsageError where no trial of the study can run here (data, packages).
         """
+        import sweeper.training  # noqa: F401 - seconds that are not to count as the first trial's
+
         self._heart = Heart(self.store, self.signals, parent=self.parent)
         self._heart.start()
         while not self.signals.stopping:

@@ -130,7 +130,7 @@ class _PlainView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._told: set[int] = set()
+        self._told: set[int] | None = None
         self._last = time.monotonic()
         self._note = ""
 
@@ -146,8 +146,11 @@ class _PlainView:
         return None
 
     def show(self, now: Standing, workers: int, note: str = "") -> None:
-        for row in now.rows:
-            if row.number not in self._told and row.state not in {"running", "waiting"}:
+        ended = [row for row in now.rows if row.state not in {"running", "waiting"}]
+        if self._told is None:  # what ended before this sweep was told before
+            self._told = {row.number for row in ended}
+        for row in ended:
+            if row.number not in self._told:
                 self._told.add(row.number)
                 self._say(_ended_line(now, row))
         if note and note != self._note:

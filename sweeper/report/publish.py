@@ -26,6 +26,8 @@ def publish(store: Store, study: StoredStudy, settings: Settings, tracking_uri: 
     """
     now = standing(store, study)
     key = names.study_run_key(study.name)
+    # Drawn before the tracker's thread loads MLflow: Plotly trips over a half-loaded pandas.
+    documents = _documents(study, now)
     with SpoolTracker(settings.spool, tracking_uri) as tracker:
         tracker.start(
             RunStart(
@@ -42,7 +44,7 @@ def publish(store: Store, study: StoredStudy, settings: Settings, tracking_uri: 
             )
         )
         with tempfile.TemporaryDirectory() as folder:
-            for file, text in _documents(study, now).items():
+            for file, text in documents.items():
                 written = Path(folder) / file
                 written.write_text(text, encoding="utf-8")
                 tracker.artifact(key, written)
