@@ -41,7 +41,7 @@ class Flip(Section):
 
 
 class ColorJitter(Section):
-    """Random brightness, contrast, saturation and hue, as torchvision's ``ColorJitter``."""
+    """Random ``brightness``, ``contrast``, ``saturation`` and ``hue``, as torchvision's jitter."""
 
     name: Literal["color_jitter"] = "color_jitter"
     brightness: float = Field(default=0.2, ge=0)
@@ -75,6 +75,7 @@ class _Images(Section):
     the remaining training part only: ``channel`` subtracts the mean and divides by the standard
     deviation of each channel, ``zca`` whitens, ``none`` leaves values in 0 to 1. ``limit`` keeps
     that many training images (and as many test images) at most, stratified, for a quick look.
+    ``augment`` lists what is done to training images at random, in order.
     """
 
     validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -93,7 +94,11 @@ class Digits(_Images):
 class Circles(Section):
     """Two concentric circles in the plane, two classes (report R1a): 1x1x2 "images".
 
-    ``samples`` points are drawn with ``data_seed``; a fifth is the test set.
+    ``samples`` points are drawn with ``data_seed``; a fifth is the test set. ``noise`` is the
+    standard deviation of a point from its circle. ``factor`` is the inner radius over the outer.
+    ``validation`` is the part of the training points that is held out, drawn with ``split_seed``: a
+    number of points, or a share below 1. ``standardize`` and ``limit`` as for images. ``augment``
+    must be empty.
     """
 
     name: Literal["circles"]
@@ -133,7 +138,10 @@ class Cifar10(_Images):
 
 
 class ImageFolder(_Images):
-    """Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, all of one size."""
+    """Your own images: ``root/train/<class>/*`` and ``root/test/<class>/*``, all of one size.
+
+    ``root`` is the folder, relative to where the command is run.
+    """
 
     name: Literal["image_folder"]
     root: str = Field(min_length=1)

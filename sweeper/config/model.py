@@ -68,7 +68,11 @@ class _Model(Section):
 
 
 class Mlp(_Model):
-    """Flatten, ``layers`` times (linear, norm, activation, dropout), linear."""
+    """Flatten, ``layers`` times (linear, norm, activation, dropout), linear.
+
+    ``width`` is the number of units of each hidden layer. ``activation`` is the non-linearity.
+    ``norm`` stands between linear layer and activation. ``dropout`` is the share of units dropped.
+    """
 
     name: Literal["mlp"]
     width: int = Field(default=512, ge=1)
@@ -81,6 +85,11 @@ class Mlp(_Model):
 class Mixer(_Model):
     """MLP-Mixer with the knobs of all five reports; the defaults are R4.4's.
 
+    ``patch`` is the side of a square patch in pixels. ``embed_dim`` is C, the width of a patch's
+    embedding. ``blocks`` counts pairs of token and channel MLP. ``token_hidden`` and
+    ``channel_hidden`` are the hidden widths of the two, in units or as a multiple of C or N, the
+    number of patches. ``activation`` is the non-linearity of the MLPs. ``dropout`` is the share of
+    units dropped. ``skip`` adds the input of an MLP to its output.
     ``dropout_at``: after ``both`` linear layers of an MLP (R0), or after its activation only
     (``hidden``, R2). ``norm`` stands before each MLP, ``stem_norm`` after the patch embedding
     (R2: batch), ``final_norm`` before the mean over patches.
@@ -105,7 +114,14 @@ class Mixer(_Model):
 
 
 class Cnn(_Model):
-    """Report R1b: three 5x5 convolutions with max-pooling, two linear layers."""
+    """Report R1b: three 5x5 convolutions with max-pooling, two linear layers.
+
+    ``channels`` are the channels of the convolutions, and how many there are. ``kernel`` is the
+    side of their kernels in pixels, odd. ``hidden`` is the width between the linear layers.
+    ``activation`` is the non-linearity. ``batch_norm`` normalizes after every convolution.
+    ``dropout`` is the share of units dropped between the linear layers. ``ceil_mode`` rounds the
+    side up where the last pooling halves an odd one.
+    """
 
     name: Literal["cnn"]
     channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -130,14 +146,24 @@ class Cnn(_Model):
 
 
 class Resnet18(_Model):
-    """torchvision's ResNet-18; the ``cifar`` stem is 3x3, stride 1, without max-pooling."""
+    """torchvision's ResNet-18.
+
+    ``stem``: ``cifar`` is 3x3 with stride 1 and no max-pooling, ``imagenet`` torchvision's own.
+    """
 
     name: Literal["resnet18"]
     stem: Literal["cifar", "imagenet"] = "cifar"
 
 
 class Vit(_Model):
-    """Report R1c: class token, position encoding, pre-norm blocks, class token to linear."""
+    """Report R1c: class token, position encoding, pre-norm blocks, class token to linear.
+
+    ``patch`` is the side of a square patch in pixels. ``embed_dim`` is C, the width of a token.
+    ``blocks`` counts pairs of attention and MLP. ``heads`` of the attention must divide embed_dim.
+    ``hidden`` is the hidden width of the MLPs, in units or as a multiple of C or N, the number of
+    patches. ``activation`` is the non-linearity of the MLPs. ``position`` is the encoding added to
+    the tokens. ``dropout`` is the share of units dropped.
+    """
 
     name: Literal["vit"]
     patch: int = Field(default=14, ge=1)
@@ -161,6 +187,7 @@ class Vit(_Model):
 class Timm(_Model):
     """Any model of timm by name; channels, classes and input size are adapted to the data.
 
+    ``architecture`` is timm's name of the model. ``pretrained`` starts from its published weights.
     ``image_size`` resizes the images on the device (None: as they are, where the model allows).
     """
 
@@ -178,7 +205,10 @@ class Timm(_Model):
 
 
 class Svm(_Model):
-    """Report R1a's baseline: scikit-learn's RBF support vector machine, one measurement."""
+    """Report R1a's baseline: scikit-learn's RBF support vector machine, one measurement.
+
+    ``C`` is the inverse strength of its regularization. ``gamma`` is the width of its kernel.
+    """
 
     name: Literal["svm"]
     C: float = Field(default=1.0, gt=0)

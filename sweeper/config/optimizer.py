@@ -32,7 +32,10 @@ class CosineSchedule(Section):
 
 
 class PlateauSchedule(Section):
-    """The learning rate is multiplied by ``factor`` when ``monitor`` stalls ``patience`` epochs."""
+    """The learning rate is multiplied by ``factor`` when ``monitor`` stalls ``patience`` epochs.
+
+    ``min_lr`` is the lowest it falls to.
+    """
 
     name: Literal["plateau"]
     factor: float = Field(default=0.1, gt=0, lt=1)
@@ -59,6 +62,10 @@ class OptimizerConfig(Section):
     ``sgd`` is plain gradient descent, ``momentum`` SGD with momentum, ``nesterov`` the same with
     Nesterov's. ``momentum`` is SGD's momentum, and Adam's and AdamW's beta1 (report R4, section
     4.5); without it 0.9, and 0 for RMSprop. ``sgd`` and ``adadelta`` have none and ignore it.
+    ``lr`` is the learning rate before any schedule. ``weight_decay`` is decoupled for AdamW and
+    added to the gradient otherwise. ``beta2`` is Adam's and AdamW's. ``eps`` is added to
+    denominators (None: the optimizer's own). ``clip_norm`` bounds the gradient's norm (None: not
+    at all). ``schedule`` is how the learning rate changes over the epochs.
     """
 
     name: OptimizerName = "adam"

@@ -14,6 +14,9 @@ Switch = Literal["auto", "on", "off"]
 class TrainConfig(Section):
     """How one trial is trained.
 
+    ``epochs`` is how often every training image is seen. ``batch_size`` is the number of images a
+    step. ``label_smoothing`` is the share of a target spread over all classes. ``seed`` decides
+    initial weights, order of the images, augmentation and dropout.
     ``loss: mse`` is the mean squared error against one-hot targets. ``precision: auto`` is
     bfloat16 autocast on CUDA and float32 elsewhere. ``graph`` captures the step as one CUDA
     graph, ``compile`` runs it through ``torch.compile``; both change speed, not results.

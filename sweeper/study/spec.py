@@ -32,7 +32,12 @@ ObjectiveMetric = Literal[
 
 
 class Objective(Section):
-    """What is optimized. ``at``: the value of the ``best`` epoch, or of the ``last``."""
+    """What is optimized.
+
+    ``metric`` is one of training or validation: the test set selects nothing. ``direction`` may be
+    left out where it is the metric's usual one. ``at``: the value of the ``best`` epoch, or of the
+    ``last``.
+    """
 
     metric: ObjectiveMetric = "val_accuracy"
     direction: Literal["maximize", "minimize"] = "maximize"
@@ -65,28 +70,40 @@ def _named(value: Any) -> Any:
 
 
 class Tpe(Section):
-    """Tree-structured Parzen estimator, aware of running trials."""
+    """Tree-structured Parzen estimator, aware of running trials.
+
+    ``startup_trials``: so many trials are drawn at random first.
+    """
 
     name: Literal["tpe"] = "tpe"
     startup_trials: int = Field(default=10, ge=0)
 
 
 class Gp(Section):
-    """Gaussian process."""
+    """Gaussian process.
+
+    ``startup_trials``: so many trials are drawn at random first.
+    """
 
     name: Literal["gp"]
     startup_trials: int = Field(default=10, ge=0)
 
 
 class CmaEs(Section):
-    """Covariance matrix adaptation; numbers only, lists and conditions are drawn at random."""
+    """Covariance matrix adaptation; numbers only, lists and conditions are drawn at random.
+
+    ``startup_trials``: so many trials are drawn at random first.
+    """
 
     name: Literal["cmaes"]
     startup_trials: int = Field(default=1, ge=0)
 
 
 class Nsga2(Section):
-    """Genetic search, made for several objectives."""
+    """Genetic search, made for several objectives.
+
+    ``population``: trials a generation.
+    """
 
     name: Literal["nsga2"]
     population: int = Field(default=50, ge=2)
@@ -137,7 +154,10 @@ class _EpochPruner(Section):
 
 
 class MedianPruner(_EpochPruner):
-    """Ends a trial whose best value is worse than the median of the others at the same epoch."""
+    """Ends a trial whose best value is worse than the median of the others at the same epoch.
+
+    ``startup_trials``: so many trials run to their end first.
+    """
 
     name: Literal["median"]
     startup_trials: int = Field(default=5, ge=0)
@@ -151,7 +171,10 @@ class AshaPruner(_EpochPruner):
 
 
 class HyperbandPruner(_EpochPruner):
-    """Several brackets of successive halving, from ``min_epochs`` to the full number of epochs."""
+    """Several brackets of successive halving, from ``min_epochs`` to the full number of epochs.
+
+    ``reduction``: of so many trials one goes on to the next rung.
+    """
 
     name: Literal["hyperband"]
     reduction: int = Field(default=3, ge=2)
@@ -186,7 +209,11 @@ Pruner = Annotated[
 
 
 class Search(Section):
-    """How points of the space are chosen, and how many: ``trials`` is the budget, exactly."""
+    """How points of the space are chosen, and how many.
+
+    ``sampler`` chooses them, ``pruner`` ends trials early. ``trials`` is the budget, exactly; a
+    grid and the published configurations know theirs and need none. ``seed`` is the sampler's.
+    """
 
     sampler: Sampler = Tpe()
     pruner: Pruner = NoPruner()
@@ -198,7 +225,8 @@ class ReferenceTrial(Section):
     """One published result: the values it used and the metrics it reported.
 
     ``params`` are laid over the study's sections like a sampled point, and may lie outside the
-    space. Reported metrics are named as ours are; a further name is shown, not compared.
+    space. ``reported`` maps metrics to values; they are named as ours are, and a further name is
+    shown, not compared. ``note`` is shown beside them.
     """
 
     params: dict[str, Any] = Field(default_factory=dict)
@@ -207,14 +235,21 @@ class ReferenceTrial(Section):
 
 
 class Reference(Section):
-    """Published results of one source, shown beside ours."""
+    """Published results of one source, shown beside ours.
+
+    ``source`` is where they were published. ``trials`` are the results, one each.
+    """
 
     source: str
     trials: tuple[ReferenceTrial, ...] = Field(default=(), strict=False)
 
 
 class Resources(Section):
-    """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU."""
+    """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU.
+
+    ``gpus_per_worker`` may be a fraction. ``cohort`` is the most trials that a worker trains at
+    once.
+    """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_worker: float = Field(default=1, ge=0)
@@ -240,7 +275,15 @@ StudyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-
 
 
 class StudySpec(Section):
-    """A whole study file, defaults filled in."""
+    """A whole study file, defaults filled in.
+
+    ``name`` is the study's in the store. ``description`` is for people. ``objective`` is what is
+    optimized: a metric, a mapping, or a list of these. ``data`` are the images. ``model`` is what
+    is trained. ``optimizer`` is how its weights change. ``train`` is how long, in which batches,
+    against which loss. ``search`` is how the space is searched. ``parameters`` are the space:
+    dotted paths into data, model, optimizer and train. ``reference`` holds published results.
+    ``resources`` is who trains. ``faults`` is what happens when something breaks.
+    """
 
     name: StudyName
     description: str = ""
