@@ -96,11 +96,12 @@ def _construct(config: ModelConfig, shape: DataShape) -> nn.Module:
         return model
     model = MODELS[config.name](config, shape)
     if isinstance(config, TimmConfig):
-        _check_output(model, config.architecture, shape)
+        hint = "; set model.image_size to the size that the architecture is made for"
+        _check_output(model, config.architecture, shape, hint=hint)
     return model
 
 
-def _check_output(model: nn.Module, name: str, shape: DataShape) -> None:
+def _check_output(model: nn.Module, name: str, shape: DataShape, *, hint: str = "") -> None:
     """Raise UsageError unless two blank images of ``shape`` give logits [2, classes]."""
     images_BCHW = torch.zeros(2, shape.channels, shape.height, shape.width)
     training = model.training
@@ -110,7 +111,7 @@ def _check_output(model: nn.Module, name: str, shape: DataShape) -> None:
         with torch.no_grad():
             logits = model(images_BCHW)
     except Exception as error:
-        raise UsageError(f"{must}, but raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{must}, but raised {type(error).__name__}: {error}{hint}") from error
     model.train(training)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != [2, shape.classes]:

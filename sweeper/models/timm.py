@@ -155,7 +155,11 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str]) -> Path:
     """
     import huggingface_hub as hub
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     repo_id, _, tag = repository.partition("@")
     revision = tag or None
@@ -175,9 +179,10 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str]) -> Path:
                 f"{wanted} must be open to this machine, but the hub refuses them: {error}; "
                 "log in with: hf auth login"
             ) from error
-        except EntryNotFoundError as error:
-            if isinstance(error, OSError):  # not in the cache, and the hub went away meanwhile
-                raise _out_of_reach(wanted, folder, f"hf download {repo_id}", error) from error
+        except LocalEntryNotFoundError as error:  # the hub went away meanwhile
+            raise _out_of_reach(wanted, folder, f"hf download {repo_id}", error) from error
+        except EntryNotFoundError:
+            continue
         except Exception as error:  # of requests or of httpx, by the hub's version
             raise _out_of_reach(wanted, folder, f"hf download {repo_id}", error) from error
     raise UsageError(f"{wanted} must be on the hub, but there is no such file")

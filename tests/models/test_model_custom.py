@@ -1,0 +1,173 @@
+"""Models of one's own: imported, checked, called, tried out."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sweeper.config import DataShape
+from sweeper.config.model import Custom
+from sweeper.errors import UsageError
+from sweeper.models import build, check_custom, parameter_count
+
+SHAPE = DataShape(3, 8, 8, 5)
+SOURCE = """
+    from functools import partial
+    import torch
+    from torch import nn
+    from sweeper.config import DataShape
+
+    def linear(shape: DataShape, depth: int, *, bias: bool = True):
+        layers = [nn.Linear(shape[0] * shape[1] * shape[2], shape.classes, bias)]
+        layers += [nn.Linear(shape.classes, shape.classes, bias) for _ in range(depth)]
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    class ByParts(nn.Module):
+        def __init__(self, channels, height, width, classes, hidden=4):
+            super().__init__()
+            first = nn.Linear(channels * height * width, hidden)
+            self.network = nn.Sequential(nn.Flatten(), first, nn.Linear(hidden, classes))
+
+        def forward(self, x):
+            return self.network(x)
+
+    def anything(**kwargs):
+        assert set(kwargs) == {"hidden"}, kwargs
+        return ByParts(3, 8, 8, 5, **kwargs)
+
+    def lazy(classes):
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+    class ReadsValues(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.start = self.scale.item()
+            self.head = nn.Linear(192, 5)
+
+        def forward(self, x):
+            return self.head(x.flatten(1)) * self.scale
+
+    def no_module():
+        return [1, 2]
+
+    def wrong_classes():
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+
+    def wrong_input():
+        return nn.Linear(7, 5)
+
+    def several_outputs():
+        return nn.LSTM(8, 5)
+
+    def breaks():
+        raise RuntimeError("no such thing")
+
+    def by_position(first, /, second):
+        return linear(DataShape(3, 8, 8, 5), 0)
+
+    constant = 3
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _my_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder: Path = tmp_path_factory.mktemp("it's mine")
+    (folder / "my_models.py").write_text(textwrap.dedent(SOURCE))
+    (folder / "my_broken_models.py").write_text("import no_such_package_anywhere\n")
+    (folder / "my_failing_models.py").write_text("1 / 0\n")
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+def section(factory: str, **arguments: Any) -> Custom:
+    return Custom(name=f"my_models:{factory}", **arguments)
+
+
+def test_a_factory_gets_its_arguments_and_the_shape() -> None:
+    model = build(section("linear", depth=2, bias=False), SHAPE, seed=0)
+    assert [tuple(p.shape) for p in model.parameters()] == [(5, 192), (5, 5), (5, 5)]
+    assert model(torch.zeros(3, 3, 8, 8)).shape == (3, 5)
+    assert parameter_count(section("linear", depth=2, bias=False), SHAPE) == 5 * 192 + 50
+
+
+def test_a_factory_that_names_parts_of_the_shape_gets_them() -> None:
+    assert parameter_count(section("ByParts"), SHAPE) == 193 * 4 + 25
+
+
+def test_arguments_of_the_section_come_before_those_of_the_data() -> None:
+    with pytest.raises(UsageError, match=r"logits \[2, 5\], but it gave \[2, 9\]"):
+        build(section("ByParts", classes=9), SHAPE)
+
+
+def test_a_factory_of_keyword_arguments_gets_those_of_the_section_only() -> None:
+    assert parameter_count(section("anything", hidden=2), SHAPE) == 193 * 2 + 15
+
+
+def test_layers_that_take_their_size_from_the_first_images_are_ready_to_train() -> None:
+    model = build(section("lazy", init="orthogonal"), SHAPE, seed=0)
+    weight = model[1].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(5), atol=1e-5, rtol=0)
+
+
+def test_a_model_that_reads_values_is_counted_on_the_cpu() -> None:
+    assert parameter_count(section("ReadsValues"), SHAPE) == 1 + 193 * 5
+
+
+def test_a_seed_decides_the_weights() -> None:
+    first, again, other = (build(section("ByParts"), SHAPE, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.network[1].weight, again.network[1].weight)
+    assert not torch.equal(first.network[1].weight, other.network[1].weight)
+
+
+def test_a_check_builds_nothing() -> None:
+    assert check_custom(section("breaks")).__name__ == "breaks"
+
+
+@pytest.mark.parametrize("check", [check_custom, lambda config: build(config, SHAPE)])
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("my_modles:linear", {}, "there is none named 'my_modles'; .*PYTHONPATH"),
+        ("my_models.sub:linear", {}, "there is none named 'my_models.sub'"),
+        ("my_broken_models:linear", {}, "needs the module 'no_such_package_anywhere'"),
+        ("my_failing_models:linear", {}, "raised ZeroDivisionError: division by zero"),
+        ("my_models:liner", {}, "has no 'liner'; did you mean 'linear'"),
+        ("my_models:constant", {}, "must be callable, but it is a int"),
+        ("my_models:linear", {}, "needs 'depth', but the section does not give it"),
+        ("my_models:ByParts", {"hiden": 3}, "no argument 'hiden'; did you mean 'hidden'"),
+        (
+            "my_models:linear",
+            {"dept": 1},
+            "argument 'dept'; did you mean 'depth'.*needs 'depth'",
+        ),
+        ("my_models:by_position", {"second": 1}, "'first' must have a name"),
+    ],
+)
+def test_wrong_names_and_arguments_are_explained(
+    check: Callable[[Custom], object], name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check(Custom(name=name, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("no_module", "must return a torch.nn.Module, but it returned list"),
+        ("wrong_classes", r"images \[2, 3, 8, 8\] to logits \[2, 5\], but it gave \[2, 4\]"),
+        ("wrong_input", r"logits \[2, 5\], but raised RuntimeError"),
+        ("several_outputs", r"logits \[2, 5\], but (it gave tuple|raised)"),
+        ("breaks", "it raised RuntimeError: no such thing"),
+    ],
+)
+def test_a_factory_that_gives_no_fitting_model_is_explained(factory: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(section(factory), SHAPE)
