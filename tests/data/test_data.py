@@ -10,9 +10,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from conftest import learnable_images, write_idx
 from PIL import Image
 from pydantic import TypeAdapter
+from small_data import learnable_images, write_idx
 from torch import Tensor
 
 from sweeper.config.data import DataConfig, shape_of

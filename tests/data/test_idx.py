@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import learnable_images, write_idx
+from small_data import learnable_images, write_idx
 from torchvision import datasets
 
 from sweeper.config.data import FashionMnist, Kmnist, Mnist
