@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,10 @@ from small_data import learnable_images, write_idx
 
 from sweeper.settings import Settings
 from sweeper.tracking import LocalServer
+
+# Read when torch is first imported, here and in child processes. Tests run beside each other, and
+# two threads of torch on a busy core wait for each other twenty times as long as they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

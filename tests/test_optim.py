@@ -172,11 +172,10 @@ def test_frozen_parameters_are_left_out() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_captured_step_equals_eager_ones_from_the_first_on(name: Any) -> None:
     config = OptimizerConfig(name=name, lr=0.1, momentum=0.5, weight_decay=0.01)
-    eager, graphed = (one_parameter(torch.float32).data.cuda().requires_grad_() for _ in range(2))
-    plain = make_optimizer(config, [nn.Parameter(eager)])
-    eager = plain.param_groups[0]["params"][0]
-    captured = make_optimizer(config, [nn.Parameter(graphed)], capturable=True)
-    graphed = captured.param_groups[0]["params"][0]
+    start = one_parameter(torch.float32).detach()
+    eager, graphed = nn.Parameter(start.cuda()), nn.Parameter(start.cuda())
+    plain = make_optimizer(config, [eager])
+    captured = make_optimizer(config, [graphed], capturable=True)
     graphed.grad = torch.zeros(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

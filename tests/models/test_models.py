@@ -230,9 +230,9 @@ def test_a_support_vector_machine_has_no_parameters_to_train() -> None:
 def test_on_a_gpu_the_weights_are_those_of_the_cpu_and_the_step_can_be_captured(name: str) -> None:
     shape = SHAPES["cifar10"]
     on_cpu = build(config_of(name), shape, seed=3)
+    x_BCHW, labels = images_for(shape).cuda(), torch.arange(4).cuda()
     with torch.device("cuda"):
         model = build(config_of(name), shape, seed=3)
-        x_BCHW, labels = images_for(shape).cuda(), torch.arange(4)
     for path, value in on_cpu.state_dict().items():
         assert torch.equal(value, model.state_dict()[path].cpu()), path
 
