@@ -57,10 +57,14 @@ def combination_mistakes(draft: Draft) -> Iterator[Finding]:
     def failures(point: Point) -> list[Finding]:
         return _failures(sections, point)
 
-    if not all(draft.sound(section) for section in SECTIONS):
+    if not (draft.sound("data") and draft.sound("model")):
         return
     if draft.sound("parameters"):
         yield from _space_mistakes(draft, failures)
+    elif not any(path.startswith(("data.", "model.")) for path in draft.spec.parameters):
+        # What was refused elsewhere stands as its default: model and data still have to fit.
+        for finding in failures({}):
+            yield Finding(path=_section_path(finding), message=finding.message, at=finding.at)
     trials = draft.spec.reference.trials if draft.spec.reference else ()
     for index, trial in enumerate(trials):
         base: Path = ("reference", "trials", index)

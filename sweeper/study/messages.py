@@ -15,11 +15,14 @@ from pydantic_core import ErrorDetails
 
 from sweeper.study.describe import advice, expected, listed, literals, shown
 from sweeper.study.source import Node, Place
-from sweeper.study.spec import Objective, ReferenceTrial, StudySpec
+from sweeper.study.spec import MAX_PARAMETERS, Objective, ReferenceTrial, StudySpec
 from sweeper.study.suggest import did_you_mean
 from sweeper.study.variants import display_name, models_in, names_of, parameter_paths
 
 Path = tuple[str | int, ...]
+
+MOST: Final = 200
+"""So many mistakes are looked into at once; nobody reads more."""
 
 _INSTEAD: Final = {
     "min": "low", "lower": "low", "start": "low", "max": "high", "upper": "high", "stop": "high",
@@ -30,7 +33,9 @@ _INSTEAD: Final = {
 
 _EXPECTED: Final[dict[Path, str]] = {
     ("objective",): "a metric, a mapping with metric and direction, or a list of these",
-    ("parameters",): "a mapping from dotted paths to lists of values or ranges",
+    ("parameters",): (
+        f"a mapping from at most {MAX_PARAMETERS} dotted paths to lists of values or ranges"
+    ),
 }
 
 
@@ -62,7 +67,7 @@ def findings(error: ValidationError, root: type[BaseModel]) -> list[Finding]:
     The paths are relative to ``root``, without the tags and branches of pydantic's unions.
     """
     by_path: dict[Path, tuple[_Spot, ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
+    for details in error.errors(include_url=False)[:MOST]:
         spot = _walk(root, details["loc"])
         known = by_path.get(spot.path)
         # Branches of one union; a sentence of our own says more than that a type is wrong.
@@ -194,7 +199,9 @@ def _unknown(spot: _Spot) -> str:
     if not near and (homes := [p for p in parameter_paths() if p.split(".")[-1] == key]):
         near = f"; did you mean {homes[0]}?" if homes[0].split(".")[0] != spot.path[0] else ""
     title = " ".join(filter(None, (where, name)))
-    return f"{title} has no field {key!r}{near or '; it has ' + listed(known or ['none'], 'and')}"
+    return (
+        f"{title} has no field {shown(key)}{near or '; it has ' + listed(known or ['none'], 'and')}"
+    )
 
 
 def _unknown_section(key: str) -> str:
@@ -209,7 +216,7 @@ def _unknown_section(key: str) -> str:
     homes = [path for path in (*parameter_paths(), "search.trials") if path.endswith("." + key)]
     if not near and homes:
         near = f"; did you mean {homes[0]}?"
-    return f"there is no section {key!r}{near or '; there are ' + listed(known, 'and')}"
+    return f"there is no section {shown(key)}{near or '; there are ' + listed(known, 'and')}"
 
 
 def place_of(root: Node, finding: Finding) -> tuple[Place, Path]:
@@ -241,5 +248,6 @@ def spelled(path: Path) -> str:
     """``path`` as text: dotted, with indices in brackets."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
+        word = part if isinstance(part, int) or len(part) <= 60 else part[:57] + "…"
+        text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{word}"
     return text

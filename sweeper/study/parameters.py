@@ -33,7 +33,7 @@ def parameter_mistakes(draft: Draft) -> Iterator[Finding]:
     """Every mistake that one parameter or one condition has by itself."""
     named = draft.root.find(("parameters",))
     paths = list(named.value) if named is not None and isinstance(named.value, dict) else []
-    for path in paths:
+    for path in paths if ("parameters",) not in draft.broken else ():
         if wrong := path_mistake(draft, path):
             yield Finding(path=("parameters", path), message=wrong, at="key")
         elif path in draft.spec.parameters:
@@ -67,7 +67,9 @@ def path_mistake(draft: Draft, path: str, chosen: Point | None = None) -> str | 
     if fields_at(parent) and not variants(parent):
         takes = expected(fields_at(parent)[0][1].rebuild_annotation())
         return f"a parameter must be a field of a trial, but inside {parent}, {takes}, is none"
-    return f"a parameter must be a field of a trial, but there is no {path!r}{_near(draft, path)}"
+    return (
+        f"a parameter must be a field of a trial, but there is no {shown(path)}{_near(draft, path)}"
+    )
 
 
 def _fields(path: str) -> list[str]:
@@ -287,7 +289,7 @@ def _no_parent(draft: Draft, parent: str) -> str:
     must = "a condition must name a parameter of this study"
     if path_mistake(draft, parent) is None and not parent.startswith("parameters."):
         return f"{must}, but {parent} is fixed; remove the condition, or make {parent} a parameter"
-    return f"{must}, but there is no {parent!r}{did_you_mean(parent, draft.spec.parameters)}"
+    return f"{must}, but there is no {shown(parent)}{did_you_mean(parent, draft.spec.parameters)}"
 
 
 def _never(parameter: Values | Range, parent: str, option: Any) -> str:

@@ -7,6 +7,7 @@ Four readings, each of what the one before left intact: YAML (`source`), ``--set
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sweeper.study import source
 from sweeper.study.combinations import combination_mistakes
 from sweeper.study.describe import shown
 from sweeper.study.draft import draft
-from sweeper.study.messages import Finding, place_of, spelled
+from sweeper.study.messages import MOST, Finding, place_of, spelled
 from sweeper.study.overrides import overridden
 from sweeper.study.parameters import parameter_mistakes
 from sweeper.study.rules import rule_mistakes
@@ -87,7 +88,7 @@ def _understood(root: Node) -> tuple[StudySpec, list[Finding]]:
     """The spec of ``root``, and what is wrong; a later check leaves out what an earlier refused."""
     read, found = draft(root)
     for checked in (parameter_mistakes, rule_mistakes, combination_mistakes):
-        more = list(checked(read))
+        more = list(itertools.islice(checked(read), MOST))
         read = read.without(more)
         found = [*found, *more]
     return read.spec, found

@@ -20,6 +20,8 @@ from sweeper.space import Parameter
 SECTIONS = ("data", "model", "optimizer", "train")
 """The sections that make up a trial; the first word of every parameter's path."""
 
+MAX_PARAMETERS = 200
+
 ObjectiveMetric = Literal[
     "val_accuracy",
     "val_loss",
@@ -295,7 +297,7 @@ class StudySpec(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     search: Search = Search()
-    parameters: dict[str, Parameter] = Field(default_factory=dict)
+    parameters: dict[str, Parameter] = Field(default_factory=dict, max_length=MAX_PARAMETERS)
     reference: Reference | None = None
     resources: Resources = Resources()
     faults: Faults = Faults()
