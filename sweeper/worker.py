@@ -47,6 +47,12 @@ if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial
 
 _log = logging.getLogger(__name__)
 _IDLE_PAUSE_S: Final = 0.5
+_STATE_TAGS: Final = {
+    Outcome.COMPLETED: "complete",
+    Outcome.PRUNED: "pruned",
+    Outcome.DIVERGED: "pruned",
+    Outcome.PREEMPTED: "waiting",
+}
 
 
 class _StopNowError(BaseException):
@@ -359,7 +365,10 @@ class _Attempt:
                     for name, value in (metrics or {}).items()
                     if name not in EPOCH_METRICS
                 },
-                tags={names.STATE_TAG: status.lower(), names.OUTCOME_TAG: str(outcome)},
+                tags={
+                    names.STATE_TAG: _STATE_TAGS.get(outcome, "failed"),
+                    names.OUTCOME_TAG: str(outcome),
+                },
                 end_time_ms=round(time.time() * 1000),
             )
 

@@ -82,7 +82,7 @@ def test_every_trial_is_a_run_with_one_point_an_epoch(bench: Callable[..., Bench
     assert run.params["train.epochs"] == "3"
     for metric in EPOCH_METRICS:
         assert sorted(run.metrics[metric]) == [1, 2, 3], metric
-    assert run.tags["sweeper.state"] == "finished"
+    assert run.tags["sweeper.state"] == "complete"
     assert run.tags["sweeper.trial"] == "0"
     assert run.metrics["test_accuracy"]
     assert run.datasets[0]["name"] == "digits"

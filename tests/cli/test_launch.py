@@ -1,0 +1,216 @@
+"""``sweeper launch`` with real workers, a real MLflow server and real signals."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cli.conftest import Sweeper
+
+pytestmark = pytest.mark.mlflow
+
+Launched = tuple[Sweeper, dict[str, Any]]
+SLOW = {"train": {"epochs": 400, "batch_size": 10}}
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    return [
+        child
+        for child in process.children()
+        if "worker" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def wait_for(condition: Any, timeout_s: float = 90) -> Any:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise TimeoutError("it did not happen")
+
+
+def running(sweeper: Sweeper, epoch: int = 1) -> list[Any]:
+    """Running trials that have reached ``epoch``, read from the store itself."""
+    from sweeper.store import open_store, standing, studies
+
+    if not (sweeper.folder / ".sweeper/optuna.db").exists():
+        return []
+    store = open_store(f"sqlite:///{sweeper.folder}/.sweeper/optuna.db")
+    try:
+        if "small" not in studies.names(store):
+            return []
+        rows = standing(store, studies.load(store, "small")).rows
+    finally:
+        store.close()
+    return [row for row in rows if row.state == "running" and (row.epoch or 0) >= epoch]
+
+
+def test_the_result_is_one_json_object(launched: Launched) -> None:
+    _sweeper, result = launched
+    assert set(result) >= {
+        "study", "trials", "best", "tracking_uri", "experiment_id", "seconds",
+    }  # fmt: skip
+    assert result["study"] == "small"
+    assert result["trials"]["complete"] == 3
+    assert sum(result["trials"].values()) == 3
+    assert set(result["best"]) >= {"number", "params", "metrics"}
+    assert 0 < result["best"]["metrics"]["test_accuracy"] <= 1
+    assert result["seconds"] > 0
+
+
+def test_every_trial_is_a_finished_run(launched: Launched) -> None:
+    from mlflow import MlflowClient
+
+    _, result = launched
+    client = MlflowClient(result["tracking_uri"])
+    runs = client.search_runs([result["experiment_id"]])
+    trials = {run.info.run_name: run for run in runs if run.data.tags["sweeper.role"] == "trial"}
+    assert sorted(trials) == ["0000", "0001", "0002"]
+    for run in trials.values():
+        assert run.info.status == "FINISHED"
+        assert len(client.get_metric_history(run.info.run_id, "val_accuracy")) == 2
+        assert run.data.params["model.width"] == "16"
+        assert run.data.metrics["model_parameters"] == 64 * 16 + 16 + 170
+        assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+
+
+def test_the_studys_own_run_has_spec_and_table(launched: Launched) -> None:
+    from mlflow import MlflowClient
+
+    _, result = launched
+    client = MlflowClient(result["tracking_uri"])
+    own = client.search_runs(
+        [result["experiment_id"]], filter_string="tags.`sweeper.role` = 'study'"
+    )
+    assert len(own) == 1
+    names = {file.path for file in client.list_artifacts(own[0].info.run_id)}
+    assert {"spec.json", "trials.csv"} <= names
+
+
+def test_the_best_model_loads_and_predicts(launched: Launched) -> None:
+    import mlflow
+    import numpy as np
+
+    _, result = launched
+    client = mlflow.MlflowClient(result["tracking_uri"])
+    best = f"{result['best']['number']:04d}"
+    run = client.search_runs(
+        [result["experiment_id"]], filter_string=f"attributes.run_name = '{best}'"
+    )[0]
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    loaded = mlflow.pyfunc.load_model(model.artifact_location)
+    assert loaded.metadata.signature is not None
+    assert loaded.predict(np.zeros((3, 1, 8, 8), np.float32)).shape == (3, 10)
+
+
+def test_trials_have_the_stable_keys(launched: Launched) -> None:
+    sweeper, _ = launched
+    rows = sweeper.json("trials", "small")
+    assert [row["number"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert set(row) >= {
+            "number", "state", "params", "metrics", "seconds", "attempt", "run_id", "worker",
+        }  # fmt: skip
+        assert row["state"] == "complete"
+        assert len(row["run_id"]) == 32
+
+
+def test_status_and_best(launched: Launched) -> None:
+    sweeper, result = launched
+    assert sweeper.json("status")[0]["trials"] == result["trials"]
+    best = sweeper.json("best", "small")
+    assert best["number"] == result["best"]["number"]
+    assert best["config"]["optimizer"]["lr"] == best["params"]["optimizer.lr"]
+    assert "small" in sweeper.run("status")
+    assert "optimizer.lr" in sweeper.run("trials", "small")
+    assert "test_accuracy" in sweeper.run("best", "small")
+
+
+def test_nothing_is_left_running(launched: Launched) -> None:
+    sweeper, _ = launched
+    left = [
+        process.cmdline()
+        for process in psutil.process_iter(["cwd"])
+        if process.info["cwd"] == str(sweeper.folder) and process.status() != "zombie"
+    ]
+    assert left == []
+
+
+def test_launching_again_resumes_and_a_change_is_refused(launched: Launched) -> None:
+    sweeper, result = launched
+    file = sweeper.folder / "study.yaml"
+    again = sweeper.json("launch", file)
+    assert again["trials"] == result["trials"]
+    assert again["best"] == result["best"]
+
+    said = sweeper.run("launch", file, "--set", "train.epochs=3", code=2)
+    assert "train.epochs: 2 → 3" in said
+    said = sweeper.run("launch", file, "--trials", "4", code=2)
+    assert "--extend" in said
+    more = sweeper.json("launch", file, "--trials", "4", "--extend")
+    assert more["trials"]["complete"] == 4
+
+
+def test_a_killed_worker_loses_nothing(sweeper: Sweeper) -> None:
+    file = sweeper.write(search={"trials": 3, "sampler": "random"}, **SLOW)
+    launch = sweeper.start("launch", file, "--workers", "2", "--json")
+    wait_for(lambda: running(sweeper, epoch=5))
+    worker = workers_of(psutil.Process(launch.pid))[0]
+    worker.kill()
+    wait_for(lambda: any(row.attempt > 1 for row in running(sweeper, epoch=0)))
+    _out, err = launch.communicate(timeout=280)
+    assert launch.returncode == 0, err
+    rows = sweeper.json("trials", "small")
+    assert [row["state"] for row in rows].count("complete") == 3
+    assert [row["state"] for row in rows].count("retried") == 1
+    assert next(row for row in rows if row["state"] == "retried")["outcome"] == "lost"
+
+
+def test_interrupted_once_trials_go_back_and_a_launch_goes_on(sweeper: Sweeper) -> None:
+    file = sweeper.write(search={"trials": 2, "sampler": "random"}, **SLOW)
+    launch = sweeper.start("launch", file, "--workers", "2")
+    wait_for(lambda: running(sweeper, epoch=2))
+    launch.send_signal(signal.SIGINT)
+    _, err = launch.communicate(timeout=90)
+    assert launch.returncode == 130
+    assert "launch it again to go on" in err
+    rows = sweeper.json("trials", "small")
+    assert {row["state"] for row in rows} <= {"waiting", "complete"}
+    result = sweeper.json("launch", file, "--workers", "2")
+    assert result["trials"]["complete"] == 2
+    assert result["trials"]["retried"] == 0
+
+
+def test_workers_end_when_their_launch_is_killed(sweeper: Sweeper) -> None:
+    file = sweeper.write(search={"trials": 1, "sampler": "random"}, **SLOW)
+    launch = sweeper.start("launch", file, "--workers", "1", start_new_session=True)
+    wait_for(lambda: running(sweeper, epoch=1))
+    (worker,) = workers_of(psutil.Process(launch.pid))
+    launch.kill()
+    launch.communicate()
+    psutil.wait_procs([worker], timeout=30)
+    assert not worker.is_running()
+    assert sweeper.json("trials", "small")[0]["state"] in {"waiting", "complete"}
+
+
+def test_missing_data_end_the_launch_with_what_to_do(sweeper: Sweeper, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    for part in ("train", "test"):
+        (root / part / "cat").mkdir(parents=True)
+    file = sweeper.write(data={"name": "image_folder", "root": str(root)})
+    said = sweeper.run("launch", file, "--workers", "1", code=2)
+    assert "pictures" in said
+
+
+def test_a_study_whose_trials_all_crash_alike_stops(sweeper: Sweeper) -> None:
+    file = sweeper.write(
+        model={"name": "own_models:broken"}, search={"trials": 20, "sampler": "random"}
+    )
+    said = sweeper.run("launch", file, "--workers", "2", code=1)
+    assert "this model fails on purpose" in said
+    assert "sweeper retry small" in said
