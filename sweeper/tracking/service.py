@@ -104,18 +104,24 @@ class TrackingService:
             return None
 
 
-def find_run_ids(settings: Settings, study: str) -> dict[str, str]:
-    """Key to run id of a study's runs; nothing where the tracker cannot be reached.
+def readable_uri(settings: Settings) -> str | None:
+    """Where a study's runs can be read: the server, or the embedded database without one.
 
-    Without a server the embedded database is read directly.
+    None where nothing was ever tracked.
     """
+    uri = settings.tracking_uri or running_address(settings)
+    if uri is None and Path(settings.home / "mlflow.db").exists():
+        uri = settings.embedded_tracking_uri
+    return uri
+
+
+def find_run_ids(settings: Settings, study: str) -> dict[str, str]:
+    """Key to run id of a study's runs; nothing where the tracker cannot be reached."""
     from sweeper.tracking import mlflow
 
-    uri = settings.tracking_uri or running_address(settings)
+    uri = readable_uri(settings)
     if uri is None:
-        if not Path(settings.home / "mlflow.db").exists():
-            return {}
-        uri = settings.embedded_tracking_uri
+        return {}
     try:
         return mlflow.run_ids(mlflow.connect(uri), study)
     except TrackerUnreachableError:
