@@ -7,10 +7,10 @@ MLflow itself is loaded only once something is sent, and only in `sweeper.tracki
 """
 
 from sweeper.tracking.memory import MemoryTracker
+from sweeper.tracking.protocol import RunStart, Tracker
 from sweeper.tracking.server import LocalServer, running_address
 from sweeper.tracking.service import TrackingService, find_run_ids, tracker
 from sweeper.tracking.spool import Replayed, SpoolTracker, replay
-from sweeper.tracking.protocol import RunStart, Tracker
 
 __all__ = [
     "LocalServer",

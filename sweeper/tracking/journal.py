@@ -11,7 +11,8 @@ Files of a journal ``NAME`` in the spool folder:
 
 A record is written with one call and without a buffer, so a killed process loses at most the line
 it was writing; such a torn line is passed over. The lock is the kernel's (``flock``), so it ends
-with its process, however that ends.
+with its process, however that ends. On a file system without such locks a journal counts as left
+behind once nobody has written to it for an hour.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from sweeper.tracking.records import Record
 _SUFFIX: Final = ".jsonl"
 _REJECTED: Final = ".rejected.jsonl"
 _BLOCK_BYTES: Final = 1 << 20
+_ABANDONED_S: Final = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,7 @@ class Journal(JournalFiles):
         name = re.sub(r"[^\w.-]", "_", writer)[:80]
         super().__init__(folder / f"{name}-{uuid.uuid4().hex[:8]}{_SUFFIX}")
         self._descriptor: int | None = None
+        self._closed = False
         self._torn = False
 
     def append(self, record: Record) -> None:
@@ -145,7 +149,8 @@ class Journal(JournalFiles):
             os.ftruncate(self._descriptor, 0)
 
     def close(self) -> None:
-        """Close the file, which gives the lock up."""
+        """Close the file, which gives the lock up. There is no writing after that."""
+        self._closed = True
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -153,13 +158,27 @@ class Journal(JournalFiles):
     def _opened(self) -> int:
         if self._descriptor is not None:
             return self._descriptor
+        if self._closed:
+            raise ValueError("a tracker must not be used once it is closed")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         hidden = self.path.with_suffix(".new")  # nobody must see the journal before it is locked
         descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_RDWR, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         hidden.rename(self.path)
         self._descriptor = descriptor
         return descriptor
+
+
+def lock(descriptor: int, *, wait: bool = True) -> bool | None:
+    """Lock an open file for this process: True, or False if another has it (``wait=False``), or
+    None on a file system that knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def left_behind(folder: Path) -> list[Path]:
@@ -179,12 +198,10 @@ def claimed(path: Path) -> Iterator[JournalFiles | None]:
         yield None
         return
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
+        mine = lock(descriptor, wait=False)
+        if mine is None:
+            mine = time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_S
         still_there = path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino
-        yield JournalFiles(path) if still_there else None
+        yield JournalFiles(path) if mine and still_there else None
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -69,6 +70,8 @@ def connect(tracking_uri: str) -> MlflowClient:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(level)
+    if not tracking_uri.startswith("http"):  # MLflow's own query, under SQLAlchemy 2.1
+        warnings.filterwarnings("ignore", "The ``noload`` loader strategy", DeprecationWarning)
     with translated(f"open {masked(tracking_uri)}"):
         return MlflowClient(tracking_uri)
 

@@ -26,6 +26,9 @@ class Kind(StrEnum):
 class Record:
     """``number`` counts a journal's records from 1; every record names its run in full.
 
+    ``started_ms`` is when the attempt began that the record belongs to, ``time_ms`` when its thing
+    was measured.
+
     ``data`` holds what the kind needs: ``metrics``, ``step``, ``params``, ``tags``, ``dataset``,
     ``name`` (of a run), ``status``, ``file`` (relative to the spool) and ``folder``.
     """
@@ -34,6 +37,7 @@ class Record:
     kind: Kind
     key: str
     experiment: str
+    started_ms: int
     time_ms: int
     data: Mapping[str, Any]
 
@@ -46,6 +50,7 @@ class Record:
                     "kind": self.kind,
                     "key": self.key,
                     "experiment": self.experiment,
+                    "started_ms": self.started_ms,
                     "time_ms": self.time_ms,
                     "data": self.data,
                 },
@@ -65,6 +70,7 @@ class Record:
                 kind=Kind(raw["kind"]),
                 key=str(raw["key"]),
                 experiment=str(raw["experiment"]),
+                started_ms=int(raw["started_ms"]),
                 time_ms=int(raw["time_ms"]),
                 data=dict(raw["data"]),
             )

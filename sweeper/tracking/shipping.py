@@ -8,7 +8,6 @@ changes neither status nor existing tags (the tag ``sweeper.started`` says when 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sweeper.errors import TrackerRefusedError
 from sweeper.settings import RUN_KEY_TAG, STARTED_TAG
 from sweeper.tracking import mlflow
 from sweeper.tracking.batch import Batch, Point, batches, halves
+from sweeper.tracking.journal import lock
 from sweeper.tracking.mlflow import ServerFailedError
 from sweeper.tracking.records import Kind, Record
 
@@ -65,7 +65,7 @@ class Shipper:
         self._client: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[_Place, _Run] = {}
-        self._dirty: dict[_Place, _Run] = {}
+        self._dirty: set[_Place] = set()
         self._failures = 0
         self._warned: set[str] = set()
         self.rejected = 0
@@ -81,8 +81,9 @@ class Shipper:
             for record in records:
                 with self._refusals(record, record.data):
                     self._send(record, arrived)
-            for place in list(self._dirty):
+            for place in self._runs.keys() & self._dirty:
                 self._flush(place)
+            self._dirty.clear()
         except Exception as error:
             self._failures += isinstance(error, ServerFailedError)
             self._dirty.clear()  # the records come again, and what was gathered with them
@@ -102,7 +103,7 @@ class Shipper:
             arrived.append(file)
         if record.kind is Kind.END:
             self._flush(place)
-            if record.time_ms >= run.started_ms:
+            if record.started_ms >= run.started_ms:
                 with self._call():
                     mlflow.set_status(
                         self.client, run.run_id, record.data["status"], end_time_ms=record.time_ms
@@ -153,10 +154,10 @@ class Shipper:
                 run = self._runs[place] = self._create(experiment, record)
             else:
                 run = self._remember(place, found)
-                if record.time_ms > run.started_ms:
+                if record.started_ms > run.started_ms:
                     mlflow.set_status(self.client, run.run_id, "RUNNING")
-                    run.started_ms = record.time_ms
-                    run.pending.tags[STARTED_TAG] = str(record.time_ms)
+                    run.started_ms = record.started_ms
+                    run.pending.tags[STARTED_TAG] = str(record.started_ms)
         if self._on_run_id is not None:
             try:
                 self._on_run_id(record.key, run.run_id)
@@ -165,7 +166,7 @@ class Shipper:
         return run
 
     def _create(self, experiment: str, record: Record) -> _Run:
-        started = {RUN_KEY_TAG: record.key, STARTED_TAG: str(record.time_ms)}
+        started = {RUN_KEY_TAG: record.key, STARTED_TAG: str(record.started_ms)}
         run_id = mlflow.create_run(
             self.client,
             experiment,
@@ -173,14 +174,14 @@ class Shipper:
             start_time_ms=record.time_ms,
             tags={**record.data["tags"], **started},
         )
-        return _Run(run_id=run_id, started_ms=record.time_ms, steps=None)
+        return _Run(run_id=run_id, started_ms=record.started_ms, steps=None)
 
     def _gather(self, place: _Place, run: _Run, record: Record) -> None:
         """Put a record's metrics, parameters and tags to what is sent with the next batch."""
         data = record.data
-        self._dirty[place] = run
+        self._dirty.add(place)
         tags = data.get("tags", {})
-        if tags and record.time_ms < run.started_ms:
+        if tags and record.started_ms < run.started_ms:
             with self._call():
                 present = mlflow.get_run(self.client, run.run_id).data.tags
             tags = {name: value for name, value in tags.items() if name not in present}
@@ -213,7 +214,6 @@ class Shipper:
     def _flush(self, place: _Place) -> None:
         run = self._runs[place]
         pending, run.pending = run.pending, Batch()
-        self._dirty.pop(place, None)
         for batch in batches(pending.metrics, pending.params, pending.tags):
             try:
                 self._log(run, batch)
@@ -278,6 +278,6 @@ class Shipper:
 @contextlib.contextmanager
 def _one_at_a_time(spool: Path) -> Iterator[None]:
     """Only one process of this machine looks for a run and creates it at a time."""
-    with (spool / "create.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (spool / "create.lock").open("w") as file:
+        lock(file.fileno())
         yield

@@ -25,9 +25,9 @@ from sweeper.errors import TrackerUnreachableError
 from sweeper.settings import NONFINITE_TAG, worker_name
 from sweeper.tracking.journal import Journal, JournalFiles, claimed, left_behind
 from sweeper.tracking.mlflow import ServerFailedError
+from sweeper.tracking.protocol import STATUSES, Nonfinite, RunStart, plain, text
 from sweeper.tracking.records import Kind, Record
 from sweeper.tracking.shipping import PATIENCE, RunIdCallback, Shipper
-from sweeper.tracking.protocol import STATUSES, Nonfinite, RunStart, plain, text
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.5
@@ -44,6 +44,7 @@ class _Known:
     """What the writing side remembers of a run it started."""
 
     experiment: str
+    started_ms: int
     step: int = 0
     nonfinite: Nonfinite = field(default_factory=Nonfinite)
 
@@ -83,7 +84,7 @@ class SpoolTracker:
         self.close()
 
     def start(self, run: RunStart) -> None:
-        self._runs[run.key] = _Known(experiment=run.experiment)
+        self._runs[run.key] = _Known(experiment=run.experiment, started_ms=run.start_time_ms)
         data = {
             "name": run.name,
             "params": {name: text(value) for name, value in run.params.items()},
@@ -161,13 +162,23 @@ class SpoolTracker:
         self, kind: Kind, key: str, time_ms: int, data: Mapping[str, Any], file: Path | None = None
     ) -> None:
         """Write a record. A disk that takes nothing more costs measurements, never the trial."""
-        experiment = self._known(key).experiment
+        known = self._known(key)
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"an artifact must be a file, but {file} is none")
         try:
             if file is not None:
                 data = {**data, "file": self._journal.keep_file(file)}
-            self._sender.write(kind, key, experiment, time_ms, data)
+            self._sender.write(
+                lambda number: Record(
+                    number=number,
+                    kind=kind,
+                    key=key,
+                    experiment=known.experiment,
+                    started_ms=known.started_ms,
+                    time_ms=time_ms,
+                    data=data,
+                )
+            )
             self._full = False
         except OSError as error:
             if not self._full:
@@ -202,22 +213,12 @@ class _Sender(threading.Thread):
         self._failures = 0
         self._shipper: tuple[str, Shipper] | None = None
 
-    def write(
-        self, kind: Kind, key: str, experiment: str, time_ms: int, data: Mapping[str, Any]
-    ) -> None:
+    def write(self, numbered: Callable[[int], Record]) -> None:
         with self._changed:
-            self._journal.append(
-                Record(
-                    number=self._written + 1,
-                    kind=kind,
-                    key=key,
-                    experiment=experiment,
-                    time_ms=time_ms,
-                    data=data,
-                )
-            )
+            record = numbered(self._written + 1)
+            self._journal.append(record)
             self._written += 1
-            self._sync_due = self._sync_due or kind is Kind.END
+            self._sync_due = self._sync_due or record.kind is Kind.END
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> int:

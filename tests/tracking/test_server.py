@@ -1,0 +1,214 @@
+"""The embedded server: one a home folder, at one address, and never an orphan."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sweeper.errors import TrackerUnreachableError
+from sweeper.settings import Settings
+from sweeper.tracking import LocalServer, RunStart, SpoolTracker, running_address
+from sweeper.tracking import mlflow as server
+
+pytestmark = pytest.mark.mlflow
+
+
+@pytest.fixture
+def settings(nasty_folder: Path) -> Settings:
+    return Settings.resolve(home=nasty_folder / "home", environment={})
+
+
+@pytest.fixture
+def local(settings: Settings) -> Iterator[LocalServer]:
+    with LocalServer(settings) as running:
+        yield running
+
+
+def pid_of(settings: Settings) -> int:
+    import json
+
+    return int(json.loads(settings.server_file.read_text())["pid"])
+
+
+def gone(pid: int, within_s: float) -> bool:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def get(address: str) -> bytes:
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def test_a_run_written_over_http_is_read_from_the_folder_when_the_server_is_gone(
+    local: LocalServer, settings: Settings, begin: Callable[..., RunStart], tmp_path: Path
+) -> None:
+    address = local.ensure()
+    picture = tmp_path / "it's a 100% figure.svg"
+    picture.write_text("<svg/>")
+    start = begin(params={"lr": 0.1})
+    with SpoolTracker(settings.spool, lambda: running_address(settings)) as tracker:
+        tracker.start(start)
+        tracker.log(start.key, {"val_loss": 0.5}, 1, start.start_time_ms)
+        tracker.artifact(start.key, picture, "figures")
+        tracker.end(start.key, status="FINISHED", end_time_ms=start.start_time_ms)
+        assert tracker.flush(30) == 0
+
+    client = server.connect(address)
+    run_id = server.run_ids(client, start.experiment)[start.key]
+    # what the pages of the browser ask the server for
+    assert b"<html" in get(address)
+    listed = get(f"{address}/ajax-api/2.0/mlflow/artifacts/list?run_id={run_id}&path=figures")
+    assert b"100% figure.svg" in listed
+    shown = get(
+        f"{address}/get-artifact?run_uuid={run_id}&path=figures/it%27s%20a%20100%25%20figure.svg"
+    )
+    assert shown == b"<svg/>"
+
+    local.stop()
+    assert running_address(settings) is None
+    direct = server.connect(settings.embedded_tracking_uri)
+    assert server.run_ids(direct, start.experiment) == {start.key: run_id}
+    run = server.get_run(direct, run_id)
+    assert run.data.metrics == {"val_loss": 0.5}
+    [file] = direct.list_artifacts(run_id, "figures")
+    copy = server.download_artifact(direct, run_id, file.path, tmp_path / "copy")
+    assert copy.read_text() == "<svg/>"
+
+
+def test_a_killed_server_comes_back_where_it_was_and_everything_arrives(
+    local: LocalServer, settings: Settings, begin: Callable[..., RunStart], tmp_path: Path
+) -> None:
+    address = local.ensure()
+    start = begin()
+    with SpoolTracker(tmp_path / "spool", address, gather_s=0.01) as tracker:
+        tracker.start(start)
+        for epoch in range(1, 61):
+            tracker.log(start.key, {"a": float(epoch)}, epoch, start.start_time_ms + epoch)
+            time.sleep(0.002)
+            if epoch == 30:
+                os.kill(pid_of(settings), signal.SIGKILL)
+        tracker.end(start.key, status="FINISHED", end_time_ms=start.start_time_ms + 100)
+        assert tracker.flush(0.2) > 0
+        assert local.ensure() == address
+        assert tracker.flush(30) == 0
+    client = server.connect(address)
+    [run] = client.search_runs([server.experiment_id(client, start.experiment)])
+    assert run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "a")
+    assert sorted(point.step for point in points) == list(range(1, 61))
+
+
+def test_a_second_process_uses_the_server_that_is_there(
+    local: LocalServer, settings: Settings
+) -> None:
+    address = local.ensure()
+    pid = pid_of(settings)
+    program = (
+        "import sys; from sweeper.settings import Settings; from sweeper.tracking import *\n"
+        "with LocalServer(Settings.resolve(home=sys.argv[1])) as s: print(s.ensure())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program, str(settings.home)], capture_output=True, text=True
+    )
+    assert (other.stdout.strip(), other.stderr) == (address, "")
+    assert pid_of(settings) == pid
+    assert local.ensure() == address  # the other one's end did not end it
+    assert running_address(settings) == address
+
+
+PARENT = """
+import sys, time
+from sweeper.settings import Settings
+from sweeper.tracking import LocalServer
+print(LocalServer(Settings.resolve(home=sys.argv[1])).ensure(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_server_ends_with_a_parent_that_is_killed(settings: Settings) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(settings.home)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    with parent.stdout:
+        address = parent.stdout.readline().strip()
+    assert address == running_address(settings)
+    pid = pid_of(settings)
+    family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    parent.kill()
+    parent.wait()
+    assert all(gone(member, within_s=8) for member in family)
+    assert running_address(settings) is None
+
+
+def test_a_parent_killed_while_the_server_starts_leaves_nothing(settings: Settings) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(settings.home)], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    until = time.monotonic() + 20
+    children: list[psutil.Process] = []
+    while not children and time.monotonic() < until:
+        children = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert children
+    assert all(gone(child.pid, within_s=8) for child in children)
+
+
+def test_stopping_ends_the_process_at_once_and_may_be_repeated(settings: Settings) -> None:
+    local = LocalServer(settings)
+    local.ensure()
+    pid = pid_of(settings)
+    began = time.monotonic()
+    local.stop()
+    local.stop()
+    assert time.monotonic() - began < 4
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_server_that_hangs_is_replaced(
+    local: LocalServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeper.tracking.server._HEALTH_TIMEOUT_S", 0.3)
+    address = local.ensure()
+    hanging = pid_of(settings)
+    os.kill(hanging, signal.SIGSTOP)
+    monkeypatch.setattr("sweeper.tracking.server._STOP_S", 0.5)
+    assert local.ensure() == address  # one slow answer proves nothing
+    assert pid_of(settings) == hanging
+    local.ensure()
+    assert local.ensure() == address
+    assert pid_of(settings) != hanging
+    assert not psutil.pid_exists(hanging)
+    assert get(f"{address}/health") == b"OK"
+
+
+def test_a_server_that_cannot_start_says_why(settings: Settings) -> None:
+    settings.home.mkdir(parents=True)
+    (settings.home / "mlflow.db").write_bytes(b"this is no database, whatever its name says" * 99)
+    with pytest.raises(TrackerUnreachableError, match=r"ended with code 1(.|\n)*not a database"):
+        LocalServer(settings).ensure()
+    assert running_address(settings) is None
+
+
+def test_what_another_process_left_in_the_file_is_not_believed(settings: Settings) -> None:
+    settings.home.mkdir(parents=True)
+    for content in ("", "{", "[]", '{"pid": 1}', '{"pid": 1, "port": 80, "started": 0}'):
+        settings.server_file.write_text(content)
+        assert running_address(settings) is None
