@@ -59,8 +59,11 @@ def combination_mistakes(draft: Draft) -> Iterator[Finding]:
 
     if not (draft.sound("data") and draft.sound("model")):
         return
+    told: set[str] = set()
     if draft.sound("parameters"):
-        yield from _space_mistakes(draft, failures)
+        for finding in _space_mistakes(draft, failures):
+            told.add(finding.message)
+            yield finding
     elif not any(path.startswith(("data.", "model.")) for path in draft.spec.parameters):
         # What was refused elsewhere stands as its default: model and data still have to fit.
         for finding in failures({}):
@@ -71,7 +74,8 @@ def combination_mistakes(draft: Draft) -> Iterator[Finding]:
         if draft.sound(*base):
             for finding in failures(trial.params):
                 path = _param_path(finding, trial.params, (*base, "params"))
-                yield Finding(path=path or base, message=finding.message)
+                if path or finding.message not in told:  # else the sections are to blame
+                    yield Finding(path=path or base, message=finding.message)
 
 
 def _failures(sections: Mapping[str, Any], point: Point) -> list[Finding]:

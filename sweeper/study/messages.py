@@ -14,15 +14,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from sweeper.study.describe import advice, expected, listed, literals, shown
-from sweeper.study.source import Node, Place
+from sweeper.study.source import MAX_MISTAKES, Node, Place
 from sweeper.study.spec import MAX_PARAMETERS, Objective, ReferenceTrial, StudySpec
 from sweeper.study.suggest import did_you_mean
 from sweeper.study.variants import display_name, models_in, names_of, parameter_paths
 
 Path = tuple[str | int, ...]
-
-MOST: Final = 200
-"""So many mistakes are looked into at once; nobody reads more."""
 
 _INSTEAD: Final = {
     "min": "low", "lower": "low", "start": "low", "max": "high", "upper": "high", "stop": "high",
@@ -67,7 +64,7 @@ def findings(error: ValidationError, root: type[BaseModel]) -> list[Finding]:
     The paths are relative to ``root``, without the tags and branches of pydantic's unions.
     """
     by_path: dict[Path, tuple[_Spot, ErrorDetails]] = {}
-    for details in error.errors(include_url=False)[:MOST]:
+    for details in error.errors(include_url=False)[:MAX_MISTAKES]:
         spot = _walk(root, details["loc"])
         known = by_path.get(spot.path)
         # Branches of one union; a sentence of our own says more than that a type is wrong.
@@ -119,7 +116,7 @@ def _finding(spot: _Spot, details: ErrorDetails) -> Finding:
         )
     if kind == "extra_forbidden":
         return Finding(path=spot.path, message=_unknown(spot), at="key")
-    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+    if kind in {"union_tag_invalid", "union_tag_not_found", "model_attributes_type"}:
         return _no_variant(spot, value)
     fix = advice(spot.annotation, value)
     if spot.owner is Objective and isinstance(value, str) and value.startswith("test_"):

@@ -79,8 +79,9 @@ def _with_parameters(root: Node, parameters: Node) -> Node:
 
 
 def _with(node: Node, key: str, value: Node) -> Node:
-    keys = {key: value.place, **node.keys}
-    return mapping({**_items(node), key: value}, keys, node.place)
+    own = node.keys.get(key)
+    place = value.place if own is None or value.place.override else own
+    return mapping({**_items(node), key: value}, {**node.keys, key: place}, node.place)
 
 
 def _without(node: Node, key: str) -> Node:

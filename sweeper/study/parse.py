@@ -16,7 +16,7 @@ from sweeper.study import source
 from sweeper.study.combinations import combination_mistakes
 from sweeper.study.describe import shown
 from sweeper.study.draft import draft
-from sweeper.study.messages import MOST, Finding, place_of, spelled
+from sweeper.study.messages import Finding, place_of, spelled
 from sweeper.study.overrides import overridden
 from sweeper.study.parameters import parameter_mistakes
 from sweeper.study.rules import rule_mistakes
@@ -88,7 +88,7 @@ def _understood(root: Node) -> tuple[StudySpec, list[Finding]]:
     """The spec of ``root``, and what is wrong; a later check leaves out what an earlier refused."""
     read, found = draft(root)
     for checked in (parameter_mistakes, rule_mistakes, combination_mistakes):
-        more = list(itertools.islice(checked(read), MOST))
+        more = list(itertools.islice(checked(read), source.MAX_MISTAKES))
         read = read.without(more)
         found = [*found, *more]
     return read.spec, found
@@ -96,6 +96,9 @@ def _understood(root: Node) -> tuple[StudySpec, list[Finding]]:
 
 def _mistake(root: Node, finding: Finding) -> Mistake:
     place, path = place_of(root, finding)
+    if not place.override and (node := root.find(path)) is not None:
+        # A mapping of the file in which the command line set something is to blame for that.
+        place = next((each for each in node.keys.values() if each.override), place)
     message = finding.message + (f" (--set {place.override})" if place.override else "")
     return Mistake(
         file=place.file, line=place.line, column=place.column, path=spelled(path), message=message

@@ -24,6 +24,8 @@ MAX_BYTES: Final = 256 * 1024
 MAX_DEPTH: Final = 20
 MAX_NODES: Final = 50_000
 MAX_WHOLE: Final = 2**63
+MAX_MISTAKES: Final = 200
+"""So many mistakes are looked for; nobody reads more."""
 
 # What YAML allows, less the line ends that editors do not count as such.
 _FORBIDDEN = re.compile(
@@ -203,6 +205,9 @@ class _Composer:
         self._anchors: dict[str, tuple[Node, int, int]] = {}  # with size and height
 
     def note(self, place: Place, message: str) -> None:
+        if len(self.mistakes) >= MAX_MISTAKES:
+            self.root, self.going = None, False
+            return
         self.mistakes.append(
             Mistake(file=self._file, line=place.line, column=place.column, path="", message=message)
         )
@@ -259,6 +264,7 @@ class _Composer:
             self._stop(place, f"values must be nested at most {MAX_DEPTH} deep, aliases included")
             return
         # The value keeps the places of its own parts; the whole of it is where the alias stands.
+        self._nodes += size - 1
         self._add(replace(node, place=place), name, size, height)
 
     def _scalar(self, event: yaml.ScalarEvent, place: Place) -> None:
@@ -292,7 +298,7 @@ class _Composer:
 
     def _add(self, node: Node, written: str | None, size: int, height: int) -> None:
         """Put a finished node where it belongs. ``written``: how a plain scalar reads."""
-        self._nodes += size
+        self._nodes += 1
         if self._nodes > MAX_NODES:
             self._stop(node.place, f"a study file must have at most {MAX_NODES:,} values")
             return

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sweeper.errors import StudyFileError
-from sweeper.study.source import MAX_BYTES, MAX_DEPTH, MAX_NODES, Node, compose, read
+from sweeper.study.source import MAX_BYTES, MAX_DEPTH, MAX_MISTAKES, MAX_NODES, Node, compose, read
 
 
 def composed(text: str) -> Any:
@@ -168,7 +168,7 @@ BROKEN = [
         16,
         "at most 20 deep, aliases included",
     ),
-    (BOMB, 5, 24, f"at most {MAX_NODES:,} values"),
+    (BOMB, 5, 28, f"at most {MAX_NODES:,} values"),
 ]
 
 
@@ -188,6 +188,12 @@ def test_one_mistake_does_not_hide_the_others() -> None:
     assert [mistake.line for mistake in mistakes] == [2, 3, 4, 5]
     assert isinstance(root, Node)
     assert root.data == {"a": 1, "b": 4, "c": None}
+
+
+def test_so_many_mistakes_are_enough() -> None:
+    root, mistakes = compose("a: 1\n" * 5000, "study.yaml")
+    assert root is None
+    assert len(mistakes) == MAX_MISTAKES
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n"])
