@@ -11,8 +11,8 @@ from typing import Self
 from pydantic import model_validator
 
 from sweeper.config.base import Section
-from sweeper.config.data import DataConfig, DataShape, shape_of
-from sweeper.config.model import ModelConfig
+from sweeper.config.data import DataConfig, DataShape, shape_of, source_shape
+from sweeper.config.model import ModelConfig, Svm
 from sweeper.config.optimizer import OptimizerConfig
 from sweeper.config.train import TrainConfig
 
@@ -41,4 +41,9 @@ class TrialConfig(Section):
         shape = shape_of(self.data)
         if shape is not None:
             self.model.check(shape)
+        if isinstance(self.model, Svm) and shape != source_shape(self.data):
+            raise ValueError(
+                "name must be another than svm where data.augment crops images to another size, "
+                "because it is fitted to whole images; leave out the crop's size"
+            )
         return self

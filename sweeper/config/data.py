@@ -6,11 +6,12 @@ that does not divide the image is found in the study file and not by a worker.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sweeper.config.base import Section
 
@@ -27,10 +28,24 @@ class DataShape(NamedTuple):
 
 
 class Crop(Section):
-    """Random crop of the image's own size after zero padding of ``padding`` pixels."""
+    """Random crop after zero padding of ``padding`` pixels.
+
+    ``size`` is the side of the square that is cut out (None: the image's own size). Validation and
+    test images are cut to it about their centre, and the model sees images of that size.
+    """
 
     name: Literal["crop"] = "crop"
-    padding: int = Field(default=4, ge=1)
+    padding: int = Field(default=4, ge=0)
+    size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.size is None and self.padding == 0:
+            raise ValueError(
+                "padding must be at least 1 where size is not given, but got padding=0; a crop of "
+                "the whole image changes nothing"
+            )
+        return self
 
 
 class Flip(Section):
@@ -83,6 +98,13 @@ class _Images(Section):
     standardize: Literal["none", "channel", "zca"] = "channel"
     augment: tuple[Augmentation, ...] = Field(default=(), strict=False)
     limit: int | None = Field(default=None, ge=10)
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Self:
+        shape = source_shape(self)  # type: ignore[arg-type] # a subclass, one of DataConfig
+        if shape is not None:
+            cropped(shape, self.augment)
+        return self
 
 
 class Digits(_Images):
@@ -163,17 +185,44 @@ _SHAPES: dict[str, DataShape] = {
 
 
 def shape_of(data: DataConfig) -> DataShape | None:
-    """The shape of one example, or None for an image folder that is not there or is empty."""
+    """The shape of one example as the model sees it, after a crop to another size.
+
+    None for an image folder that is not there or is empty.
+    """
+    shape = source_shape(data)
+    return None if shape is None else cropped(shape, data.augment)
+
+
+def source_shape(data: DataConfig) -> DataShape | None:
+    """As :func:`shape_of`, of the images as they are stored."""
     if isinstance(data, ImageFolder):
-        return _folder_shape(Path(data.root).expanduser())
+        return _folder_shape(Path(data.root))
     return _SHAPES[data.name]
+
+
+def cropped(shape: DataShape, augment: Sequence[Augmentation]) -> DataShape:
+    """What the crops of ``augment`` leave of images of ``shape``.
+
+    Raises ValueError for a crop that is larger than the image.
+    """
+    for step in augment:
+        if not isinstance(step, Crop) or step.size is None:
+            continue
+        if step.size > min(shape.height, shape.width):
+            raise ValueError(
+                f"the size of a crop must be at most the image's {shape.height}x{shape.width}, "
+                f"but got size={step.size}"
+            )
+        shape = shape._replace(height=step.size, width=step.size)
+    return shape
 
 
 def _folder_shape(root: Path) -> DataShape | None:
     """Look at the class folders and the first image of ``root/train``."""
     try:
-        return _first_image(root / "train", (root / "train").stat().st_mtime_ns)
-    except (OSError, ValueError):
+        train = root.expanduser() / "train"
+        return _first_image(train, train.stat().st_mtime_ns)
+    except (OSError, ValueError, RuntimeError):  # the last: a "~name" whose home is unknown
         return None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sweeper.config.data import DataConfig, DataShape
+from sweeper.config.data import DataConfig, DataShape, cropped
 from sweeper.data.augment import Augment
 from sweeper.data.cifar import cifar10
 from sweeper.data.folder import image_folder
@@ -24,6 +24,8 @@ from sweeper.data.idx import idx
 from sweeper.data.raw import RawData, RawPart
 from sweeper.data.split import Index, hold_out, limited
 from sweeper.data.standardize import Standardize
+from sweeper.data.transforms import centre_crop
+from sweeper.errors import UsageError
 
 __all__ = ["DATASETS", "Augment", "Dataset", "Part", "RawData", "Standardize", "load"]
 
@@ -96,12 +98,15 @@ def load(config: DataConfig, *, folder: Path, device: torch.device) -> Dataset:
     ``folder`` is the root of all data sets (torchvision's layout). A limit is applied first, then
     validation images are held out of what is left of the training images; statistics come from
     the remaining training part. Both draws are stratified. The test part is the source's own and
-    is the same under every ``split_seed``.
+    is the same under every ``split_seed``. Where an augmentation crops to another size, validation
+    and test images are cut to it about their centre, and statistics come from images so cut.
 
     Raises DataNotFoundError where files are missing or damaged, and UsageError where the section
     asks for what the data cannot give.
     """
     raw = DATASETS[config.name](config, folder)
+    shape = _shape(raw, config)
+    size = (shape.height, shape.width)
     kept = limited(raw.train.labels, config.limit)
     labels = raw.train.labels if kept is None else raw.train.labels[kept]
     train_index, val_index = hold_out(
@@ -111,31 +116,42 @@ def load(config: DataConfig, *, folder: Path, device: torch.device) -> Dataset:
         train_index, val_index = kept[train_index], kept[val_index]
     parts = [
         _part(raw.train, train_index),
-        _part(raw.train, val_index),
-        _part(raw.test, limited(raw.test.labels, config.limit)),
+        _part(raw.train, val_index, size),
+        _part(raw.test, limited(raw.test.labels, config.limit), size),
     ]
     digest = _digest(parts)
     train, val, test = (part.to(device) for part in parts)
-    channels, height, width = raw.train.images.shape[1:]
     return Dataset(
         name=config.name,
         source=raw.source,
-        shape=DataShape(channels, height, width, len(raw.classes)),
+        shape=shape,
         classes=raw.classes,
         train=train,
         val=val,
         test=test,
-        standardize=Standardize.fit(train.images, config.standardize),
+        standardize=Standardize.fit(centre_crop(train.images, size), config.standardize),
         augment=Augment(config.augment),
         digest=digest,
     )
 
 
-def _part(raw: RawPart, index: Index | None) -> Part:
-    """The chosen images, copied, or all of them as they are."""
+def _shape(raw: RawData, config: DataConfig) -> DataShape:
+    """What the model sees of these images. Raises UsageError for a crop that is too large."""
+    channels, height, width = raw.train.images.shape[1:]
+    try:
+        return cropped(DataShape(channels, height, width, len(raw.classes)), config.augment)
+    except ValueError as error:
+        raise UsageError(f"data.augment: {error}") from error
+
+
+def _part(raw: RawPart, index: Index | None, size: tuple[int, int] | None = None) -> Part:
+    """The chosen images, copied, or all of them as they are; cut to ``size`` about their centre."""
     images = raw.images if index is None else raw.images[index]
     labels = raw.labels if index is None else raw.labels[index]
-    return Part(images=torch.from_numpy(images), labels=torch.from_numpy(labels))
+    images_NCHW = torch.from_numpy(images)
+    if size is not None and size != images_NCHW.shape[-2:]:
+        images_NCHW = centre_crop(images_NCHW, size).contiguous()
+    return Part(images=images_NCHW, labels=torch.from_numpy(labels))
 
 
 def _digest(parts: list[Part]) -> str:

@@ -34,7 +34,8 @@ class Augment:
     replay) or with a generator registered with the graph.
 
     Evaluation needs no counterpart: the centre crop of an image padded on all sides, in the
-    image's own size, is the image itself.
+    image's own size, is the image itself, and where a crop has a size of its own, the images that
+    are evaluated are cut to it when they are loaded.
     """
 
     steps: tuple[Step, ...] = ()
@@ -45,7 +46,9 @@ class Augment:
         return not self.steps
 
     def __call__(self, images_BCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images, augmented, in the same shape and dtype: uint8 or float ``[B, C, H, W]``.
+        """The images, augmented, in the same dtype: uint8 or float ``[B, C, H, W]``.
+
+        The shape changes only by a crop with a size of its own.
 
         A whole epoch at once is fine: the work is done in pieces, one step after the other.
         """
@@ -57,10 +60,13 @@ class Augment:
 def _apply(step: Step, images_BCHW: Tensor, generator: torch.Generator | None) -> Tensor:
     draw = _Draw(count=len(images_BCHW), device=images_BCHW.device, generator=generator)
     match step:
-        case Crop(padding=padding):
-            top_B, left_B = draw.integers(2 * padding + 1), draw.integers(2 * padding + 1)
+        case Crop(padding=padding, size=side):
+            rows, columns = images_BCHW.shape[-2:]
+            height, width = (rows, columns) if side is None else (side, side)
+            top_B = draw.integers(rows + 2 * padding - height + 1)
+            left_B = draw.integers(columns + 2 * padding - width + 1)
             return _in_pieces(
-                lambda x, top, left: transforms.crop(x, top, left, padding),
+                lambda x, top, left: transforms.crop(x, top, left, padding, (height, width)),
                 images_BCHW,
                 top_B,
                 left_B,
@@ -124,8 +130,11 @@ def _in_pieces(
     size = max(1, limit // images_BCHW.shape[1:].numel())
     if len(images_BCHW) <= size:
         return function(images_BCHW, *parameters_B)
-    result = torch.empty_like(images_BCHW)
-    for start in range(0, len(images_BCHW), size):
-        piece = slice(start, start + size)
-        result[piece] = function(images_BCHW[piece], *(values[piece] for values in parameters_B))
-    return result
+    pieces = [slice(start, start + size) for start in range(0, len(images_BCHW), size)]
+    result: Tensor | None = None
+    for piece in pieces:
+        part = function(images_BCHW[piece], *(values[piece] for values in parameters_B))
+        if result is None:
+            result = part.new_empty(len(images_BCHW), *part.shape[1:])
+        result[piece] = part
+    return images_BCHW if result is None else result

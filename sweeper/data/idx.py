@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from sweeper.config.data import FashionMnist, Kmnist, Mnist, shape_of
+from sweeper.config.data import FashionMnist, Kmnist, Mnist, source_shape
 from sweeper.data.download import RemoteFile, provide
 from sweeper.data.raw import Images, RawData, RawPart
 from sweeper.errors import DataNotFoundError
@@ -119,7 +119,7 @@ def _part(raw: Path, prefix: str, config: Mnist | FashionMnist | Kmnist) -> RawP
     labels_file = _stored(raw, f"{prefix}-labels-idx1-ubyte")
     images = _read(images_file, dimensions=3)
     labels = _read(labels_file, dimensions=1)
-    shape = shape_of(config)
+    shape = source_shape(config)
     if shape is not None and images.shape[1:] != (shape.height, shape.width):
         raise _damaged(
             images_file,

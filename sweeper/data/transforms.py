@@ -18,16 +18,33 @@ from torch.nn import functional
 RED_WEIGHT, GREEN_WEIGHT, BLUE_WEIGHT = 0.2989, 0.587, 0.114
 
 
-def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, padding: int) -> Tensor:
-    """Pad with ``P`` zeros all round, then cut the original size out at ``top`` and ``left``.
+def crop(
+    images_BCHW: Tensor,
+    top_B: Tensor,
+    left_B: Tensor,
+    padding: int,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Pad with ``P`` zeros all round, then cut ``size`` (height, width) out at ``top``, ``left``.
 
-    ``top_B`` and ``left_B`` are int64, 0 to 2P; P is the middle, which gives the image back.
+    ``size`` None: the images' own. ``top_B`` and ``left_B`` are int64, 0 to ``H + 2P - height`` and
+    ``W + 2P - width``; half of that is the middle, which gives an image of its own size back.
     """
-    height, width = images_BCHW.shape[-2:]
+    height, width = size or images_BCHW.shape[-2:]
     padded = functional.pad(images_BCHW, (padding,) * 4)
     windows_BTLCHW = padded.unfold(2, height, 1).unfold(3, width, 1).permute(0, 2, 3, 1, 4, 5)
     index_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
     return windows_BTLCHW[index_B, top_B, left_B]
+
+
+def centre_crop(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of the images in ``size`` (height, width), not larger than they: a view.
+
+    Where the middle lies between two pixels, as torchvision: the even one of the two.
+    """
+    (height, width), (rows, columns) = size, images_BCHW.shape[-2:]
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    return images_BCHW[..., top : top + height, left : left + width]
 
 
 def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:

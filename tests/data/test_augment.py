@@ -96,6 +96,25 @@ def test_crop_reaches_every_offset_evenly() -> None:
     assert counts[2:7, 2:7].sum() == 5000
 
 
+def test_crop_to_another_size_reaches_every_offset_evenly() -> None:
+    images = torch.zeros(3600, 1, 9, 9, dtype=torch.uint8)
+    images[:, :, 4, 4] = 255
+    cut = Augment((Crop(padding=0, size=7),))(images, seeded())
+    assert cut.shape == (3600, 1, 7, 7)
+    counts = torch.bincount(cut.flatten(1).argmax(1), minlength=49).view(7, 7)
+    assert (counts[2:5, 2:5] > 320).all()  # 400 expected at each of 9 places
+    assert counts[2:5, 2:5].sum() == 3600
+
+
+def test_pieces_of_another_size_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = repeated(37)
+    augment = Augment((Crop(padding=1, size=8), Flip()))
+    whole = augment(images, seeded())
+    assert whole.shape == (37, 3, 8, 8)
+    monkeypatch.setattr("sweeper.data.augment._CHUNK_VALUES", {"cpu": 5 * 300})
+    assert torch.equal(augment(images, seeded()), whole)
+
+
 @pytest.mark.parametrize(("p", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
 def test_flip_has_its_probability(p: float, share: float) -> None:
     images = repeated(3000)

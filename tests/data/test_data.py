@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from small_data import learnable_images, write_idx
 from torch import Tensor
 
@@ -173,3 +173,30 @@ def test_augmentations_of_the_section_arrive(idx_folder: Callable[..., Path]) ->
     data = load_section(idx_folder(), augment=["flip", {"name": "crop", "padding": 2}])
     assert [step.name for step in data.augment.steps] == ["flip", "crop"]
     assert data.augment(data.train.images).shape == data.train.images.shape
+
+
+@pytest.mark.parametrize("standardize", ["channel", "zca"])
+def test_a_crop_of_its_own_size_cuts_what_is_evaluated_about_the_centre(
+    idx_folder: Callable[..., Path], standardize: str
+) -> None:
+    folder = idx_folder()
+    whole = load_section(folder)
+    crop = [{"name": "crop", "padding": 0, "size": 20}]
+    data = load_section(folder, augment=crop, standardize=standardize)
+    assert data.shape == (1, 20, 20, 10)
+    assert torch.equal(data.train.images, whole.train.images)
+    assert torch.equal(data.val.images, whole.val.images[..., 4:24, 4:24])
+    assert torch.equal(data.test.images, whole.test.images[..., 4:24, 4:24])
+    x_BCHW = data.standardize(data.augment(data.train.images))
+    assert x_BCHW.shape[1:] == data.standardize(data.test.images).shape[1:] == (1, 20, 20)
+
+
+def test_a_crop_must_fit_the_images(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    section = {"name": "image_folder", "augment": [{"name": "crop", "size": 9}]}
+    adapter: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
+    config = adapter.validate_python({**section, "root": str(tmp_path / 'my "own" pictures')})
+    root = image_folder()  # 8x8; not there when the section was read
+    with pytest.raises(UsageError, match="must be at most the image's 8x8, but got size=9"):
+        load(config, folder=tmp_path, device=CPU)
+    with pytest.raises(ValidationError, match="must be at most the image's 8x8, but got size=9"):
+        adapter.validate_python({**section, "root": str(root)})

@@ -104,6 +104,27 @@ def test_crop_is_exact(padding: int, dtype: torch.dtype) -> None:
     assert torch.equal(transforms.crop(images, top, left, padding), torch.stack(expected))
 
 
+@pytest.mark.parametrize("padding", [0, 2])
+def test_crop_to_another_size_is_exact(padding: int) -> None:
+    images = make_images(3, torch.uint8)
+    generator = torch.Generator().manual_seed(1)
+    top = torch.randint(12 + 2 * padding - 9 + 1, (COUNT,), generator=generator)
+    left = torch.randint(17 + 2 * padding - 11 + 1, (COUNT,), generator=generator)
+    expected = [
+        reference.crop(reference.pad(image, [padding]), int(t), int(s), 9, 11)
+        for image, t, s in zip(images, top, left, strict=True)
+    ]
+    assert torch.equal(transforms.crop(images, top, left, padding, (9, 11)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("height", range(1, 13))
+def test_centre_crop_is_exact(height: int) -> None:
+    images = make_images(3, torch.uint8)
+    for width in range(1, 18):
+        expected = reference.center_crop(images, [height, width])
+        assert torch.equal(transforms.centre_crop(images, (height, width)), expected)
+
+
 def test_the_middle_crop_is_the_image() -> None:
     images = make_images(3, torch.uint8)
     middle = torch.full((COUNT,), 4)
