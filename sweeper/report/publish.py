@@ -38,7 +38,6 @@ def publish(store: Store, study: StoredStudy, settings: Settings, tracking_uri: 
                 params={
                     "sampler": study.spec.search.sampler.name,
                     "pruner": study.spec.search.pruner.name,
-                    "trials": now.budget,
                 },
                 tags=_tags(study),
             )
