@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast, overload
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -83,6 +83,28 @@ class Values(_Parameter):
         return values
 
 
+class _Steps(Sequence[float]):
+    """``low``, ``low + step`` and so on, each made when it is asked for."""
+
+    def __init__(self, low: float, step: float, count: int) -> None:
+        self._low, self._step, self._indices = low, step, range(count)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        found = self._indices[index]
+        return self._at(found) if isinstance(found, int) else tuple(map(self._at, found))
+
+    def _at(self, index: int) -> float:
+        # Fifteen digits: 0.1 + 2 * 0.1 is to read 0.3, and must not exceed a high of 0.3.
+        return float(f"{self._low + index * self._step:.15g}")
+
+
 class Range(_Parameter):
     """All numbers from ``low`` to ``high``, both included; whole numbers if both bounds are.
 
@@ -136,8 +158,7 @@ class Range(_Parameter):
         if self.step is None:
             return (float(self.low),) if self.low == self.high else None
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        # Fifteen digits: 0.1 + 2 * 0.1 is to read 0.3, and must not exceed a high of 0.3.
-        return tuple(float(f"{self.low + index * self.step:.15g}") for index in range(count))
+        return _Steps(self.low, self.step, count)
 
 
 def _kind(value: Any) -> str | None:
@@ -171,8 +192,14 @@ def encode(value: Any) -> Scalar:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+_PLAIN: Final = frozenset({int, float, str, type(None)})
+"""Types whose values are the same where Python calls them equal; a bool would equal an int."""
+
+
 def _identity(value: Any) -> Hashable:
     """What two values share that are the same to a study: 1 and 1.0, a tuple and a list."""
+    if type(value) in _PLAIN:
+        return cast(Hashable, value)
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, list | tuple):
@@ -184,6 +211,8 @@ def _identity(value: Any) -> Hashable:
 
 def same(left: Any, right: Any) -> bool:
     """Equality that tells ``True`` from ``1`` and takes 1 for 1.0, tuples for lists."""
+    if type(left) in _PLAIN and type(right) in _PLAIN:
+        return bool(left == right)
     return _identity(left) == _identity(right)
 
 

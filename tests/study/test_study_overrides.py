@@ -210,9 +210,11 @@ def test_mistakes_of_file_and_overrides_come_together_the_overrides_first() -> N
 
 PATHS = st.lists(
     st.sampled_from(
-        ["name", "data", "model", "optimizer", "search", "parameters", "reference", "trials"]
-        + ["params", "when", "lr", "schedule", "0", "values", "low", "sampler", "pruner", "root"]
-        + ["objective", "augment", "optimizer.lr", "model.blocks", "x", "train.epochs"]
+        [
+            *("name", "data", "model", "optimizer", "search", "parameters", "reference", "trials"),
+            *("params", "when", "lr", "schedule", "0", "values", "low", "sampler", "pruner"),
+            *("objective", "augment", "optimizer.lr", "model.blocks", "x", "train.epochs", "root"),
+        ]
     )
     | st.text(max_size=3),
     max_size=4,
