@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from sweeper.config import DataConfig, DataShape, TrialConfig, shape_of
-from sweeper.config.data import Circles, ImageFolder
+from sweeper.config.data import Circles, ImageFolder, source_shape
 from sweeper.config.model import Svm, Timm
 from sweeper.data import Augment, Dataset, Part, Standardize
 from sweeper.training.device import best_device, resolved
@@ -83,23 +83,28 @@ def _without_pretrained_weights(config: TrialConfig) -> TrialConfig:
 
 
 def _random(data: DataConfig, shape: DataShape, count: int, device: torch.device) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    size = (count, shape.channels, shape.height, shape.width)
-    images = torch.randint(256, size, generator=generator, dtype=torch.uint8).to(device)
-    labels = torch.randint(shape.classes, (count,), generator=generator).to(device)
-    part = Part(images=images, labels=labels)
+    """Random images; ``shape`` is what the model sees of them, after a crop."""
+    seen = _random_part(shape, count, device)
     return Dataset(
         name=data.name,
         source="random images",
         shape=shape,
         classes=tuple(str(number) for number in range(shape.classes)),
-        train=part,
-        val=part,
-        test=part,
-        standardize=Standardize.fit(images, data.standardize),
+        train=_random_part(source_shape(data) or shape, count, device),
+        val=seen,
+        test=seen,
+        standardize=Standardize.fit(seen.images, data.standardize),
         augment=Augment(data.augment),
         digest="",
     )
+
+
+def _random_part(shape: DataShape, count: int, device: torch.device) -> Part:
+    generator = torch.Generator().manual_seed(0)
+    size = (count, shape.channels, shape.height, shape.width)
+    images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+    labels = torch.randint(shape.classes, (count,), generator=generator)
+    return Part(images=images.to(device), labels=labels.to(device))
 
 
 def _nothing() -> None:
