@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 from PIL import Image
 from small_data import learnable_images, write_idx
 
-from sweeper.settings import Settings
-from sweeper.tracking import LocalServer
+# Servers' libraries are loaded by the fixtures that start servers: the GPU tests run where none is.
 
 # Read when torch is first imported, here and in child processes. Tests run beside each other, and
 # two threads of torch on a busy core wait for each other twenty times as long as they compute.
@@ -32,6 +30,8 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres_database(postgres_server: str) -> Callable[[], str]:
     """Creates an empty database and gives its URL."""
+    import sqlalchemy
+
     admin = sqlalchemy.make_url(postgres_server).set(drivername="postgresql+psycopg")
 
     def create() -> str:
@@ -48,6 +48,9 @@ def postgres_database(postgres_server: str) -> Callable[[], str]:
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an MLflow server that ends with the tests."""
+    from sweeper.settings import Settings
+    from sweeper.tracking import LocalServer
+
     home = tmp_path_factory.mktemp("mlflow home")
     with LocalServer(Settings.resolve(home=home, environment={})) as server:
         yield server.ensure()
