@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sweeper.settings import sqlite_url
 
@@ -52,6 +52,7 @@ def _serve(database: Path, artifacts: Path, listener: socket.socket) -> None:
     os.environ.update(
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
+        MLFLOW_ENABLE_AI_GATEWAY="false",
         # The pool's default of 5 connections overflows as HTTP 400, which no client repeats.
         MLFLOW_SQLALCHEMYSTORE_POOL_SIZE="40",
         MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW="40",
@@ -77,13 +78,30 @@ def _serve(database: Path, artifacts: Path, listener: socket.socket) -> None:
     initialize_backend_stores(address, address, root)
     uvicorn.Server(
         uvicorn.Config(
-            app,
+            _without_assistant(app),
             log_level="warning",
             access_log=False,
             timeout_keep_alive=120,
             timeout_graceful_shutdown=3,
         )
     ).run(sockets=[listener])
+
+
+def _without_assistant(app: Any) -> Any:
+    """``app`` without MLflow's assistant.
+
+    It runs shell commands for whoever reaches the port, and on a shared machine that is everybody
+    who has an account there. MLflow has no switch for it.
+    """
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        if "/mlflow/assistant" in scope.get("path", ""):
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await app(scope, receive, send)
+
+    return guarded
 
 
 if __name__ == "__main__":

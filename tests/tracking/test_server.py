@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,11 @@ def test_a_run_written_over_http_is_read_from_the_folder_when_the_server_is_gone
         f"{address}/get-artifact?run_uuid={run_id}&path=figures/it%27s%20a%20100%25%20figure.svg"
     )
     assert shown == b"<svg/>"
+
+    # MLflow's assistant runs shell commands for whoever reaches the port; not here
+    for path in ("assistant/config", "assistant/providers"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(f"{address}/ajax-api/3.0/mlflow/{path}")
 
     local.stop()
     assert running_address(settings) is None
