@@ -15,7 +15,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from sweeper.study.messages import Finding, Path, findings
-from sweeper.study.source import Node
+from sweeper.study.nodes import Node
 from sweeper.study.spec import StudySpec
 
 _STAND_INS: Final[Mapping[str, Any]] = {

@@ -14,19 +14,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from sweeper.study.describe import advice, expected, listed, literals, shown
-from sweeper.study.source import MAX_MISTAKES, Node, Place
+from sweeper.study.nodes import Node, Place
+from sweeper.study.source import MAX_MISTAKES
 from sweeper.study.spec import MAX_PARAMETERS, Objective, ReferenceTrial, StudySpec
 from sweeper.study.suggest import did_you_mean
 from sweeper.study.variants import display_name, models_in, names_of, parameter_paths
 
 Path = tuple[str | int, ...]
-
-_INSTEAD: Final = {
-    "min": "low", "lower": "low", "start": "low", "max": "high", "upper": "high", "stop": "high",
-    "value": "values", "choices": "values", "options": "values", "q": "step", "n_trials": "trials",
-    "batch": "batch_size", "learning_rate": "lr", "drop": "dropout", "width": "embed_dim",
-}  # fmt: skip
-"""What other tools call our keys."""
 
 _EXPECTED: Final[dict[Path, str]] = {
     ("objective",): "a metric, a mapping with metric and direction, or a list of these",
@@ -160,18 +154,13 @@ def _no_parameter(spot: _Spot, value: Any) -> Finding:
     must = "must be a list of values, or a range {low: …, high: …}"
     if isinstance(value, dict):
         keys = [key for key in value if key != "when"]
-        near = "".join(_similar(key, ("values", "low", "high")) for key in keys[:1])
+        near = "".join(did_you_mean(key, ("values", "low", "high")) for key in keys[:1])
         found = f"has only {listed(keys, 'and')}" if keys else f"is {shown(value)}"
         return Finding(path=spot.path, message=f"{must}, but {found}{near}")
     path = str(spot.path[-1])
     section, _, field = path.partition(".")
     fix = f"; a fixed value belongs into the section {section}, as {field}" if field else ""
     return Finding(path=spot.path, message=f"{must}, but got {shown(value)}{fix}")
-
-
-def _similar(key: str, known: Sequence[str]) -> str:
-    instead = _INSTEAD.get(key)
-    return f"; did you mean {instead!r}?" if instead in known else did_you_mean(key, known)
 
 
 def _unknown(spot: _Spot) -> str:
@@ -192,7 +181,7 @@ def _unknown(spot: _Spot) -> str:
         owners = ", ".join(display_name(model) for model in others)
         return f"{key} belongs to {where} {owners}; this {where} is {name}"
     known = [field for field in owner.model_fields if field != "name"]
-    near = _similar(key, known)
+    near = did_you_mean(key, known)
     if not near and (homes := [p for p in parameter_paths() if p.split(".")[-1] == key]):
         near = f"; did you mean {homes[0]}?" if homes[0].split(".")[0] != spot.path[0] else ""
     title = " ".join(filter(None, (where, name)))

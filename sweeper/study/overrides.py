@@ -21,7 +21,8 @@ from typing import Final
 
 from sweeper.errors import Mistake
 from sweeper.space import same
-from sweeper.study.source import Node, Place, compose, mapping, relocated, scalar
+from sweeper.study.nodes import Node, Place, mapping, relocated, scalar
+from sweeper.study.source import compose
 from sweeper.study.spec import SECTIONS
 from sweeper.study.variants import default_name, foreign_fields, parameter_paths, variants
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -13,7 +13,7 @@ from sweeper.study.describe import expected, listed, shown
 from sweeper.study.draft import Draft
 from sweeper.study.messages import Finding, Path, findings
 from sweeper.study.spec import SECTIONS, StudySpec
-from sweeper.study.suggest import did_you_mean
+from sweeper.study.suggest import did_you_mean, nearest
 from sweeper.study.variants import (
     display_name,
     fields_at,
@@ -25,8 +25,6 @@ from sweeper.study.variants import (
 )
 
 Point = Mapping[str, Any]
-
-_INSTEAD: Final = {"learning_rate": "lr", "batch": "batch_size", "drop": "dropout", "dim": "width"}
 
 
 def parameter_mistakes(draft: Draft) -> Iterator[Finding]:
@@ -79,13 +77,11 @@ def _fields(path: str) -> list[str]:
 def _near(draft: Draft, path: str) -> str:
     """What path was meant: one with the same last word, or one that is spelled alike."""
     parent, _, leaf = path.rpartition(".")
-    known = [path for path in parameter_paths() if _occurs(draft, path)]
-    for word in (leaf, _INSTEAD.get(leaf, leaf)):
-        for candidate in known:
-            if candidate.rpartition(".")[2] == word:
-                return f"; did you mean {candidate!r}?"
-    beside = did_you_mean(leaf, [each.rpartition(".")[2] for each in _fields(parent)])
-    return did_you_mean(path, known) or beside
+    known = {each: each.rpartition(".")[2] for each in parameter_paths() if _occurs(draft, each)}
+    beside = {word: each for each, word in known.items() if each == f"{parent}.{word}"}
+    meant = next((each for each, word in known.items() if word == leaf), None)
+    meant = meant or beside.get(nearest(leaf, beside) or "") or nearest(path, known)
+    return f"; did you mean {meant!r}?" if meant else ""
 
 
 def _occurs(draft: Draft, path: str) -> bool:

@@ -17,10 +17,10 @@ from sweeper.study.combinations import combination_mistakes
 from sweeper.study.describe import shown
 from sweeper.study.draft import draft
 from sweeper.study.messages import Finding, place_of, spelled
+from sweeper.study.nodes import Node
 from sweeper.study.overrides import overridden
 from sweeper.study.parameters import parameter_mistakes
 from sweeper.study.rules import rule_mistakes
-from sweeper.study.source import Node
 from sweeper.study.spec import StudySpec
 
 TEXT = "<text>"

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sweeper.errors import StudyFileError
-from sweeper.study.source import MAX_BYTES, MAX_DEPTH, MAX_MISTAKES, MAX_NODES, Node, compose, read
+from sweeper.study.nodes import Node
+from sweeper.study.source import MAX_BYTES, MAX_DEPTH, MAX_MISTAKES, MAX_NODES, compose, read
 
 
 def composed(text: str) -> Any:
