@@ -13,7 +13,17 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from sweeper.space import Range, Values, draw, grid, grid_size, position, requirements, same
+from sweeper.space import (
+    Range,
+    Values,
+    draw,
+    grid,
+    grid_size,
+    ordered,
+    position,
+    requirements,
+    same,
+)
 from sweeper.study.draft import Draft
 from sweeper.study.messages import Finding, Path, findings
 from sweeper.study.spec import SECTIONS, TrialConfig, overlay
@@ -73,9 +83,11 @@ def combination_mistakes(draft: Draft) -> Iterator[Finding]:
         base: Path = ("reference", "trials", index)
         if draft.sound(*base):
             for finding in failures(trial.params):
-                path = _param_path(finding, trial.params, (*base, "params"))
-                if path or finding.message not in told:  # else the sections are to blame
-                    yield Finding(path=path or base, message=finding.message)
+                about = _param_path(finding, trial.params)
+                if about:
+                    yield Finding(path=(*base, "params", about), message=finding.message)
+                elif finding.message not in told:  # else the sections are to blame
+                    yield Finding(path=base, message=finding.message)
 
 
 def _failures(sections: Mapping[str, Any], point: Point) -> list[Finding]:
@@ -151,38 +163,52 @@ def _involved(
         else:
             others = [v for _ in range(3) for v in _some_values(parameter, rng)]
         for other in others:
-            if all(_kind(finding) != kind for finding in failures({**point, path: other})):
+            changed = _holding(parameters, {**point, path: other})
+            if all(_kind(finding) != kind for finding in failures(changed)):
                 found.append(path)
                 break
     return found
 
 
+def _holding(parameters: Mapping[str, Values | Range], point: Point) -> Point:
+    """``point`` without the parameters whose conditions it does not meet."""
+    left: dict[str, Any] = {}
+    for path in ordered(parameters):
+        if path in point and parameters[path].holds(left):
+            left[path] = point[path]
+    return left
+
+
 def _report(draft: Draft, finding: Finding, point: Point, cause: _Cause) -> Finding:
-    """The finding at the parameter that is to blame, with an example where several are."""
-    parameters, involved = draft.spec.parameters, cause.involved
-    message = finding.message
-    dotted = ".".join(map(str, finding.path))
-    if finding.at == "key" and dotted in point:
-        return _foreign(draft, dotted, message)
-    if cause.value:
-        own = parameters[involved[0]]
-        index = position(own, cause.value[0]) if isinstance(own, Values) else None
-        return Finding(path=("parameters", involved[0], "values", index or 0), message=message)
-    if len(involved) == 1:
-        path = involved[0]
-        message += f"; give {path} a step, or list its values (it may now be {point[path]})"
-        return Finding(path=("parameters", path), message=message)
+    """The finding at the parameter it is about, with an example where others have a part in it."""
+    involved = cause.involved
+    about = _param_path(finding, point)
+    if finding.at == "key" and about and about == ".".join(map(str, finding.path)):
+        return _foreign(draft, about, finding.message)
+    if len(involved) == 1 and about in (None, involved[0]):
+        return _one_to_blame(draft, finding, point, involved[0])
     if involved:
-        example = ", ".join(f"{path}={point[path]}" for path in involved)
+        names = [path for path in point if path in involved or path == about]
+        example = ", ".join(f"{path}={point[path]}" for path in names)
         return Finding(
-            path=("parameters", involved[0]),
-            message=f"{message}; that is so for {example}: leave such values out, or set 'when'",
+            path=("parameters", about or involved[0]),
+            message=f"{finding.message}; that is so for {example}: leave such values out, or set "
+            f"'when'",
             at="key",
         )
-    at_parameter = _param_path(finding, point, ("parameters",))
-    if at_parameter:
-        return Finding(path=at_parameter[:2], message=message, at="key")
-    return Finding(path=_section_path(finding), message=message, at=finding.at)
+    if about:
+        return Finding(path=("parameters", about), message=finding.message, at="key")
+    return Finding(path=_section_path(finding), message=finding.message, at=finding.at)
+
+
+def _one_to_blame(draft: Draft, finding: Finding, point: Point, path: str) -> Finding:
+    """One value of a list is wrong by itself, or a range holds values that are."""
+    parameter = draft.spec.parameters[path]
+    if isinstance(parameter, Values):
+        index = position(parameter, point[path]) or 0
+        return Finding(path=("parameters", path, "values", index), message=finding.message)
+    fix = f"give {path} a step, or list its values (it may now be {point[path]})"
+    return Finding(path=("parameters", path), message=f"{finding.message}; {fix}")
 
 
 def _foreign(draft: Draft, path: str, message: str) -> Finding:
@@ -199,13 +225,11 @@ def _foreign(draft: Draft, path: str, message: str) -> Finding:
     return Finding(path=("parameters", path), message=message, at="key")
 
 
-def _param_path(finding: Finding, params: Point, base: Path) -> Path | None:
-    """The entry of ``params`` that the finding is about, or None where it is about none."""
+def _param_path(finding: Finding, point: Point) -> str | None:
+    """The parameter of ``point`` that the finding is about, or None where it is about none."""
     words = [str(part) for part in _section_path(finding)]
-    for length in range(len(words), 0, -1):
-        if (path := ".".join(words[:length])) in params:
-            return (*base, path)
-    return None
+    dotted = (".".join(words[:length]) for length in range(len(words), 0, -1))
+    return next((path for path in dotted if path in point), None)
 
 
 def _section_path(finding: Finding) -> Path:

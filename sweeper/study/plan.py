@@ -23,7 +23,7 @@ from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 COUNTED: Final = 1_000_000
 """Spaces are counted up to so many points."""
 
-METRICS: Final = frozenset({*EPOCH_METRICS, *FINAL_METRICS, *SUMMARY_METRICS})
+METRICS: Final = frozenset({*EPOCH_METRICS, *FINAL_METRICS, *SUMMARY_METRICS, "model_parameters"})
 """Names that a reported result can be compared under."""
 
 
