@@ -34,6 +34,8 @@ _QUIET: Final[Mapping[str, str]] = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_CONFIGURE_LOGGING": "false",
 }
+_TRAINING: Final = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow's pages show runs and models rather than prompts and traces."""
 _LATER: Final = frozenset(
     {
         "TEMPORARILY_UNAVAILABLE",
@@ -95,7 +97,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(client.create_experiment(name))
+                return str(client.create_experiment(name, tags=dict(_TRAINING)))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -236,8 +238,8 @@ def run_address(tracking_uri: str, experiment: str, run_id: str | None = None) -
     """Where a browser shows the experiment of that id, or one run of it; None without a server."""
     if urlsplit(tracking_uri).scheme not in {"http", "https"}:
         return None
-    page = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment}"
-    return f"{page}/runs/{run_id}" if run_id else page
+    page = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs"
+    return f"{page}{'/' + run_id if run_id else ''}?workflowType=machine_learning"
 
 
 def _json(value: Any) -> str | None:

@@ -43,8 +43,10 @@ class Tracker(Protocol):
     raises because of the server.
 
     A metric has one value a step: where a resumed trial measures a step again, the first value
-    stays. NaN and infinity arrive as NaN, a gap in the curve, and the tag ``sweeper.nonfinite``
-    tells what the value was and at which step (MLflow itself would store infinity as 1.797e308).
+    stays. NaN and infinity arrive as NaN: a gap in the curve, sorted last either way, and the tag
+    ``sweeper.nonfinite`` tells what the value was and at which step. (MLflow itself would store
+    infinity as 1.797e308, the best of all values where more is better. Where a metric *ends* with
+    NaN, MLflow's page of that run shows no curve of it; the page that compares runs does.)
     """
 
     def start(self, run: RunStart) -> None:

@@ -201,6 +201,10 @@ with SpoolTracker(Path(sys.argv[1]), sys.argv[2], gather_s=0.01) as tracker:
 
 
 def test_addresses_lead_to_the_page_of_a_run() -> None:
-    assert server.run_address("http://h:1/", "7", "ab") == "http://h:1/#/experiments/7/runs/ab"
-    assert server.run_address("https://h", "7") == "https://h/#/experiments/7"
+    training = "?workflowType=machine_learning"  # or the pages are about prompts and traces
+    assert (
+        server.run_address("http://h:1/", "7", "ab")
+        == f"http://h:1/#/experiments/7/runs/ab{training}"
+    )
+    assert server.run_address("https://h", "7") == f"https://h/#/experiments/7/runs{training}"
     assert server.run_address(Settings.resolve(home="/x").embedded_tracking_uri, "7") is None
