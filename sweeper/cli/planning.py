@@ -13,6 +13,7 @@ from rich.table import Table
 from sweeper.cli.printing import duration, out, text
 from sweeper.config import TrialConfig, shape_of
 from sweeper.space import Range, Values, ordered
+from sweeper.study.plan import plan
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _SIZES_AT_MOST: Final = 256
@@ -184,6 +185,8 @@ def print_plan(surveyed: Survey) -> None:
         table.add_row(path, _described(parameter), _condition(parameter.when))
     if spec.parameters:
         console.print(table)
+    for remark in plan(spec).notes:
+        console.print(f"  note: {remark}", style="yellow", markup=False)
     if surveyed.first:
         console.print("first configurations")
         for number, point in enumerate(surveyed.first):

@@ -10,7 +10,7 @@ Optuna's own tables, Optuna's own storage. What is added is care (design decisio
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ from typing import Any, Final
 import optuna
 import sqlalchemy
 from filelock import FileLock
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
 
@@ -32,13 +33,41 @@ _BUSY_TIMEOUT_S: Final = 60
 _POSTGRES_LOCK_KEY: Final = 0x73776565  # "swee": the advisory lock that controllers share
 
 
+class RecentStorage(_CachedStorage):
+    """Optuna's cache of finished trials, which may answer from a moment ago where that will do.
+
+    Optuna reads every unfinished trial anew each time it is asked for trials. A pruner asks after
+    every epoch; within :meth:`recent` what was read less than ``slack_s`` ago is used again.
+    """
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._slack_s = 0.0
+        self._read_at: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def recent(self, slack_s: float) -> Iterator[None]:
+        """Let trials be up to ``slack_s`` old while the context lasts."""
+        before, self._slack_s = self._slack_s, slack_s
+        try:
+            yield
+        finally:
+            self._slack_s = before
+
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        now = time.monotonic()
+        if now - self._read_at.get(study_id, -math.inf) >= self._slack_s:
+            super()._read_trials_from_remote_storage(study_id)
+            self._read_at[study_id] = now
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
     """An open store. ``storage`` caches finished trials; ``backend`` is the database itself."""
 
     url: URL
     backend: RDBStorage
-    storage: BaseStorage
+    storage: RecentStorage
 
     def close(self) -> None:
         """Give every connection back."""
@@ -65,8 +94,7 @@ def open_store(url: str) -> Store:
     with reaching(address), _server_lock(address, None), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         backend = _connect(address)
-        storage = optuna.storages.get_storage(backend)
-    return Store(url=address, backend=backend, storage=storage)
+    return Store(url=address, backend=backend, storage=RecentStorage(backend))
 
 
 def _address(url: str) -> URL:
@@ -169,17 +197,3 @@ def reaching(address: URL | str) -> Iterator[None]:
         raise StoreUnreachableError(
             f"the store must answer, but {masked(str(address))} said: {reason[0]}"
         ) from error
-
-
-def patiently(address: URL | str, action: Any, *, attempts: int = 3, pause_s: float = 0.5) -> Any:
-    """Call ``action`` until the store answers, ``attempts`` times at most."""
-    for attempt in range(1, attempts + 1):
-        try:
-            with reaching(address):
-                return action()
-        except StoreUnreachableError:
-            if attempt == attempts:
-                raise
-            logging.getLogger(__name__).warning("the store did not answer; trying again")
-            time.sleep(pause_s * attempt)
-    return None

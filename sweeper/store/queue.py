@@ -45,6 +45,7 @@ from sweeper.store.database import Store, reaching
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _AHEAD: Final = 16
+_PRUNER_SLACK_S: Final = 1.0
 _ERROR_CHARACTERS: Final = 8000
 
 
@@ -230,23 +231,22 @@ def put_back(store: Store, claimed: Claim) -> None:
 
 
 def report(store: Store, claimed: Claim, epoch: int, value: float) -> None:
-    """Store the first objective's value after ``epoch``, once.
+    """Store the first objective's value after ``epoch``.
 
     Raises TrialLostError where the store has given the trial to another worker.
     """
     with reaching(store.url), _owned():
-        known = store.storage.get_trial(claimed.trial_id)
-        if known.state is not TrialState.RUNNING:
-            raise TrialLostError
-        if epoch not in known.intermediate_values:
-            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
+        store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
 
 
 def should_prune(store: Store, study: optuna.Study, claimed: Claim) -> bool:
-    """Whether the study's pruner would end the trial where it is."""
+    """Whether the study's pruner would end the trial where it is.
+
+    It compares with the other trials as they were up to a second ago.
+    """
     if isinstance(study.pruner, optuna.pruners.NopPruner) or len(study.directions) > 1:
         return False
-    with reaching(store.url):
+    with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
         return bool(study.pruner.prune(study, store.storage.get_trial(claimed.trial_id)))
 
 

@@ -17,9 +17,8 @@ from optuna.distributions import (
 
 from sweeper.space import Range, Values, encode, ordered, position
 from sweeper.study import spec as files
+from sweeper.study.plan import most_epochs
 from sweeper.study.spec import StudySpec
-
-MAX_EPOCHS_PATH = "train.epochs"
 
 
 def trial_seed(seed: int, trial_number: int) -> int:
@@ -85,7 +84,9 @@ def pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
                 )
             case files.HyperbandPruner(min_epochs=least, reduction=reduction):
                 return optuna.pruners.HyperbandPruner(
-                    min_resource=least, max_resource=max_epochs(spec), reduction_factor=reduction
+                    min_resource=least,
+                    max_resource=max(least, most_epochs(spec)),
+                    reduction_factor=reduction,
                 )
             case files.PatientPruner(patience=patience, min_delta=delta):
                 return optuna.pruners.PatientPruner(None, patience=patience, min_delta=delta)
@@ -95,16 +96,6 @@ def pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
                 return optuna.pruners.ThresholdPruner(
                     lower=lower, upper=upper, n_warmup_steps=least
                 )
-
-
-def max_epochs(spec: StudySpec) -> int:
-    """The most epochs that a trial of the study may have."""
-    parameter = spec.parameters.get(MAX_EPOCHS_PATH)
-    if isinstance(parameter, Values):
-        return max(spec.train.epochs, *(int(value) for value in parameter.values))
-    if isinstance(parameter, Range):
-        return int(parameter.high)
-    return spec.train.epochs
 
 
 def distribution(parameter: Values | Range) -> BaseDistribution:

@@ -109,11 +109,26 @@ def _planned(path: str, parameter: Values | Range) -> PlannedParameter:
     )
 
 
+def most_epochs(spec: StudySpec) -> int:
+    """The most epochs that a trial of the study may have."""
+    parameter = spec.parameters.get("train.epochs")
+    if parameter is None:
+        return spec.train.epochs
+    most = max(parameter.values) if isinstance(parameter, Values) else parameter.high
+    return int(max(most, spec.train.epochs) if parameter.when else most)
+
+
 def _notes(spec: StudySpec, trials: int, points: int | None) -> Iterator[str]:
     for objective in spec.objective:
         usual = OBJECTIVE_METRICS[objective.metric]
         if objective.direction != usual:
             yield f"{objective.metric} is usually to {usual}, but is to {objective.direction} here"
+    least = getattr(spec.search.pruner, "min_epochs", 1)
+    if least > (epochs := most_epochs(spec)):
+        yield (
+            f"pruner {spec.search.pruner.name} waits for {least} epochs and trials have {epochs}, "
+            f"so that none is ever pruned"
+        )
     sampled = not isinstance(spec.search.sampler, Grid | ReferenceOnly)
     if sampled and points is not None and points < trials:
         yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from sweeper.config.data import Circles, DataConfig, ImageFolder
 from sweeper.space import Range, Values, circle, grid_size
@@ -15,7 +15,6 @@ from sweeper.study.spec import CmaEs, Grid, NoPruner, ReferenceOnly, ThresholdPr
 
 MAX_GRID: Final = 100_000
 """The most points a grid may have."""
-MAX_EPOCHS: Final = "train.epochs"
 BEATS_BEFORE_LOST: Final = 3
 
 _TRAINING_IMAGES: Final = {
@@ -147,14 +146,6 @@ def _pruner_mistakes(draft: Draft) -> Iterator[Finding]:
     pruner = draft.spec.search.pruner
     if not draft.sound("search", "pruner"):
         return
-    epochs = _most_epochs(draft)
-    least = getattr(pruner, "min_epochs", 1)
-    if epochs is not None and least > epochs:
-        yield Finding(
-            path=("search", "pruner", "min_epochs"),
-            message=f"must be at most the number of epochs, {epochs}, but got {least}; no trial "
-            f"would ever be pruned",
-        )
     if isinstance(pruner, ThresholdPruner):
         if pruner.lower is None and pruner.upper is None:
             yield Finding(
@@ -167,20 +158,6 @@ def _pruner_mistakes(draft: Draft) -> Iterator[Finding]:
                 message=f"lower <= upper must hold, but got lower={pruner.lower}, "
                 f"upper={pruner.upper}; swap them",
             )
-
-
-def _most_epochs(draft: Draft) -> int | None:
-    """The most epochs that a trial may have, or None where a mistake leaves that open."""
-    if not draft.sound("train", "epochs") or not draft.sound("parameters", MAX_EPOCHS):
-        return None
-    parameter = draft.spec.parameters.get(MAX_EPOCHS)
-    values: list[Any] = [] if parameter and not parameter.when else [draft.spec.train.epochs]
-    if isinstance(parameter, Values):
-        values += parameter.values
-    elif parameter:
-        values.append(parameter.high)
-    whole = [value for value in values if isinstance(value, int)]
-    return max(whole) if len(whole) == len(values) else None
 
 
 def _fault_mistakes(draft: Draft) -> Iterator[Finding]:

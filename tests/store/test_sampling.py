@@ -120,12 +120,6 @@ def test_no_pruner_never_prunes(spec: Make) -> None:
     assert prunes(spec(), GOOD + BAD) == [None] * 10
 
 
-def test_max_epochs_follows_a_parameter(spec: Make) -> None:
-    assert sampling.max_epochs(spec(train={"epochs": 7})) == 7
-    assert sampling.max_epochs(spec(parameters={"train.epochs": {"values": [2, 12]}})) == 12
-    assert sampling.max_epochs(spec(parameters={"train.epochs": {"low": 2, "high": 9}})) == 9
-
-
 def test_preview_is_what_the_first_trials_draw(spec: Make) -> None:
     found = spec(search={"trials": 5, "seed": 4}, parameters=SPACE)
     drawn = [sampling.decoded(found, trial.params) for trial in run(found, 5).trials]

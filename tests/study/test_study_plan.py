@@ -73,6 +73,10 @@ def test_large_spaces_are_counted_up_to_a_limit() -> None:
             "search: {trials: 1}\nreference: {source: r, trials: [{reported: {test_acuracy: 1}}]}",
             "nothing measured; did you mean 'test_accuracy'?",
         ),
+        (
+            "search: {trials: 1, pruner: {name: asha, min_epochs: 11}}",
+            "pruner asha waits for 11 epochs and trials have 10",
+        ),
     ],
 )
 def test_what_looks_like_an_oversight_is_noted(text: str, note: str) -> None:
