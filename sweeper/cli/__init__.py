@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from sweeper.cli import files, launch, servers, show
+from sweeper.cli import files, launch, reporting, servers, show
 from sweeper.errors import SweeperError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("schema")(files.schema)
 app.command("status")(show.status)
 app.command("trials")(show.trials)
 app.command("best")(show.best)
+app.command("report")(reporting.report)
 app.command("pause")(show.pause)
 app.command("resume")(show.resume)
 app.command("stop")(show.stop)

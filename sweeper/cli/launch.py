@@ -18,12 +18,16 @@ from sweeper.settings import Settings
 if TYPE_CHECKING:
     from sweeper.cli.view import View
     from sweeper.controller import Sweep
+    from sweeper.report.collect import StudyData
+    from sweeper.report.write import Report
     from sweeper.store import Standing, Store, StoredStudy
     from sweeper.study.spec import StudySpec
     from sweeper.tracking import TrackingService
 
 _POLL_S: Final = 0.5
 _LEAVE_S: Final = 60.0
+_TEST_S: Final = 10.0
+"""For what the best model gets wrong; `sweeper report` takes the time it needs."""
 
 
 def launch(
@@ -155,26 +159,55 @@ def _run(
         if interrupts.count:
             _say_interrupted(spec, standing(opened, prepared.study))
             raise typer.Exit(130)
-        _publish(opened, prepared.study, settings, service)
+        report = _publish(opened, prepared.study, settings, service)
         experiment_id = service.experiment_id(spec.name)
     now = standing(opened, prepared.study)
     result = _result(now, settings, experiment_id, time.monotonic() - began)
-    _say_result(now, settings)
+    result["report"] = str(report) if report else None
+    _say_result(now, settings, report)
     return result
 
 
 def _publish(
     opened: Store, study: StoredStudy, settings: Settings, service: TrackingService
-) -> None:
-    """Send what is left to MLflow and write the study's own run; a tracker that is out of reach
-    costs neither the trials nor what is in the spool."""
+) -> Path | None:
+    """Send what is left to MLflow, write the report, and hang it on the study's own run.
+
+    Where the page is, or None where there is none. A tracker that is out of reach costs neither
+    the trials, nor the report, nor what is in the spool.
+    """
     from sweeper.report.publish import publish
 
+    written = None
     try:
-        service.replay()
-        publish(opened, study, settings, service.wait())
+        try:
+            service.replay()
+        finally:
+            written = _report(opened, study, settings)
+        if written is not None:
+            publish(*written, settings, service.wait())
     except TrackerUnreachableError as error:
         sys.stderr.write(f"sweeper: {error}\nWhat MLflow lacks is kept; send it: sweeper sync\n")
+    return written[1].page if written else None
+
+
+def _report(
+    opened: Store, study: StoredStudy, settings: Settings
+) -> tuple[StudyData, Report] | None:
+    """Write the report; None where that went wrong, which stderr then tells."""
+    from sweeper.cli.reporting import saying
+    from sweeper.provenance import command
+    from sweeper.report.collect import collect
+    from sweeper.report.write import write_report
+
+    try:
+        with saying() as say:
+            data = collect(opened, study, settings, command=command(), say=say)
+            return data, write_report(data, settings, limit_s=_TEST_S, say=say)
+    except Exception as error:  # noqa: BLE001 - the trials are done: no report may undo that
+        said = f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"sweeper: the report could not be written: {said}\n")
+        return None
 
 
 def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:
@@ -238,13 +271,15 @@ def _result(
     }
 
 
-def _say_result(now: Standing, settings: Settings) -> None:
+def _say_result(now: Standing, settings: Settings, report: Path | None) -> None:
     from sweeper.cli.printing import err, number, text
 
     console = err()
     counts = ", ".join(f"{count} {state}" for state, count in now.counts.items() if count)
     console.print(f"\n[bold]{now.spec.name}[/]: {counts}")
     best = now.best
+    if report is not None:
+        console.print(f"report: {report}", markup=False)
     if best is None:
         failed = next((row.error for row in now.rows if row.error), None)
         reason = "" if failed is None else ": " + failed.strip().splitlines()[-1]

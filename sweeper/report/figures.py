@@ -1,78 +1,179 @@
-"""Optuna's own figures of a study, each as one Plotly figure."""
+"""Optuna's own figures of a study, with short names and without what only sweeper's store needs.
+
+Each is one Plotly figure as plain data: ``{"data": [...], "layout": {...}}``.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import optuna
 import plotly.graph_objects as go
 from optuna import visualization
+from optuna.trial import FrozenTrial
+
+from sweeper.report.blocks import Figure
+from sweeper.report.collect import StudyData
+from sweeper.report.drawing import figure_data
+from sweeper.report.wording import metric_title, short_names
 
 _log = logging.getLogger(__name__)
 
 _CONTOUR_AT_MOST: Final = 4
+_PARALLEL_WIDTH_PX: Final = 110
+_CELL_PX: Final = 250
 
-FIGURES: Final[dict[str, Callable[[optuna.Study], go.Figure]]] = {
-    "optimization_history": visualization.plot_optimization_history,
-    "intermediate_values": visualization.plot_intermediate_values,
-    "param_importances": visualization.plot_param_importances,
-    "parallel_coordinate": visualization.plot_parallel_coordinate,
-    "slice": visualization.plot_slice,
-    "contour": lambda study: visualization.plot_contour(study, params=_most_important(study)),
-    "rank": lambda study: visualization.plot_rank(study, params=_most_important(study)),
-    "edf": visualization.plot_edf,
-    "timeline": visualization.plot_timeline,
+Draw = Callable[[optuna.Study], go.Figure]
+
+FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
+    "optimization_history": (
+        "Optimization history",
+        "Each completed trial's objective, and the best so far.",
+        visualization.plot_optimization_history,
+    ),
+    "param_importances": (
+        "Importance of the parameters",
+        "How much of the objective's variation each parameter explains (PED-ANOVA).",
+        visualization.plot_param_importances,
+    ),
+    "parallel_coordinate": (
+        "Parallel coordinates",
+        "One line a completed trial. Drag along an axis to pick a range.",
+        visualization.plot_parallel_coordinate,
+    ),
+    "slice": (
+        "Slices",
+        "The objective against each parameter; darker is later.",
+        visualization.plot_slice,
+    ),
+    "contour": (
+        "Contours",
+        "The objective over pairs of the most important parameters.",
+        lambda study: visualization.plot_contour(study, params=_most_important(study)),
+    ),
+    "rank": (
+        "Ranks",
+        "Trials over pairs of the most important parameters, coloured by rank.",
+        lambda study: visualization.plot_rank(study, params=_most_important(study)),
+    ),
+    "edf": (
+        "Distribution of the objective",
+        "The share of completed trials that reached at most this objective.",
+        visualization.plot_edf,
+    ),
 }
-"""Names as Optuna has them. Figures of parameters need a parameter, contours need two."""
+"""Names as Optuna has them, each with title and caption."""
+
+PARETO: Final[dict[str, tuple[str, str, Draw]]] = {
+    "pareto_front": (
+        "Pareto front",
+        "Trials that no other trial beats in every objective.",
+        visualization.plot_pareto_front,
+    )
+}
+"""What there is for several objectives."""
 
 
-def figures(study: optuna.Study) -> dict[str, go.Figure]:
-    """Every figure that this study has enough trials and parameters for.
-
-    A study of several objectives has its Pareto front and no figure that needs one value.
-    """
-    found: dict[str, go.Figure] = {}
-    wanted = dict(FIGURES)
-    if len(study.directions) > 1:
-        wanted = {
-            "pareto_front": visualization.plot_pareto_front,
-            "timeline": visualization.plot_timeline,
-        }
-    for name, draw in wanted.items():
+def optuna_figures(data: StudyData) -> list[Figure]:
+    """Every figure that this study has enough trials and parameters for."""
+    study = readable(data)
+    objectives = data.now.spec.objective
+    wanted = FIGURES if len(objectives) == 1 else PARETO
+    found = []
+    for name, (title, caption, draw) in wanted.items():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                figure = draw(study)
-        except (ValueError, RuntimeError, ZeroDivisionError) as error:
+                warnings.simplefilter("ignore")  # of experimental functions and thin data
+                drawn = draw(study)
+        except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
             _log.info("no figure %s: %s", name, error)
             continue
-        if figure.data:
-            found[name] = figure
+        if drawn.data:
+            found.append(_figure(name, title, caption, drawn, metric_title(objectives[0].metric)))
     return found
 
 
-def _most_important(study: optuna.Study) -> list[str] | None:
+def _figure(name: str, title: str, caption: str, drawn: go.Figure, objective: str) -> Figure:
+    spec = figure_data(drawn)
+    layout: dict[str, Any] = spec["layout"]
+    _name_the_objective(spec, objective)
+    panels = sum(key.startswith("xaxis") for key in layout)
+    side = round(panels**0.5)
+    grid = name in {"contour", "rank"} and side > 1
+    width = {"slice": _CELL_PX * panels, "contour": _CELL_PX * side, "rank": _CELL_PX * side}
+    if name == "parallel_coordinate":
+        width[name] = _PARALLEL_WIDTH_PX * len(spec["data"][0].get("dimensions", ()))
+    layout.pop("width", None)
+    layout.pop("height", None)
+    return Figure(
+        name=name,
+        title=title,
+        caption=caption,
+        spec=spec,
+        height_px=_CELL_PX * side if grid else 380,
+        least_width_px=width.get(name, 0),
+        wide=name in {"parallel_coordinate", "slice"} or grid,
+    )
+
+
+def _name_the_objective(spec: Any, objective: str) -> None:
+    """Put the metric's name where Optuna writes “Objective Value”."""
+    if isinstance(spec, dict):
+        for key, item in spec.items():
+            if item == "Objective Value":
+                spec[key] = objective
+            else:
+                _name_the_objective(item, objective)
+    elif isinstance(spec, list):
+        for index, item in enumerate(spec):
+            if item == "Objective Value":
+                spec[index] = objective
+            else:
+                _name_the_objective(item, objective)
+
+
+def readable(data: StudyData) -> optuna.Study:
+    """A copy in memory of the study's current trials, whose parameters have short names."""
+    study = data.study.study
+    trials = study.get_trials(deepcopy=False)
+    counted = {row.number for row in data.now.rows if row.state != "retried"}
+    titles = short_names(sorted({path for trial in trials for path in trial.distributions}))
+    copy = optuna.create_study(
+        directions=study.directions,
+        sampler=optuna.samplers.RandomSampler(),
+        study_name=study.study_name,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        copy.set_metric_names([metric_title(each.metric) for each in data.now.spec.objective])
+    copy.add_trials([_readable(trial, titles) for trial in trials if trial.number in counted])
+    return copy
+
+
+def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
+    return FrozenTrial(
+        number=trial.number,
+        trial_id=trial.number,
+        state=trial.state,
+        value=None,
+        values=trial.values,
+        datetime_start=trial.datetime_start,
+        datetime_complete=trial.datetime_complete,
+        params={titles[path]: value for path, value in trial.params.items()},
+        distributions={titles[path]: each for path, each in trial.distributions.items()},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values=trial.intermediate_values,
+    )
+
+
+def _most_important(study: optuna.Study) -> list[str]:
     """The parameters that matter most: a contour of twenty would show nothing."""
     importances = optuna.importance.get_param_importances(study)
     names = list(importances)[:_CONTOUR_AT_MOST]
     if len(names) < 2:
         raise ValueError("a contour needs two parameters")
     return names
-
-
-def page(drawn: dict[str, go.Figure], title: str) -> str:
-    """All figures on one HTML page that opens offline: Plotly is inlined once."""
-    import html
-
-    parts = []
-    for index, (name, figure) in enumerate(drawn.items()):
-        body = figure.to_html(full_html=False, include_plotlyjs=index == 0, div_id=name)
-        parts.append(f"<h2>{html.escape(name.replace('_', ' '))}</h2>\n{body}")
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{html.escape(title)}</title></head>\n<body style='font-family: sans-serif'>"
-        f"<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )

@@ -1,13 +1,167 @@
-"""A study's trials as rows for a file: one column a parameter, one a metric."""
+"""Tables as values, and how they are written: CSV, Markdown, LaTeX (HTML is the page's template).
+
+Whatever a study's author or a failed trial wrote arrives here as plain text; each format escapes
+it by its own rules.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from sweeper.store import Standing, TrialRow
+
+Tone = Literal["", "good", "bad", "best", "muted"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """``group`` is a heading over neighbouring columns that share it. ``hint`` explains."""
+
+    title: str
+    group: str = ""
+    hint: str = ""
+    numeric: bool = True
+
+    @property
+    def whole_title(self) -> str:
+        """The title where there is one row of headings only."""
+        return f"{self.group}, {self.title}" if self.group else self.title
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """``text`` is what people read, ``value`` what is sorted by and written to CSV."""
+
+    text: str
+    value: float | str | None = None
+    tone: Tone = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Every row has one cell a column; the first column names the row.
+
+    ``name`` is a short identifier. ``open_rows`` are shown, further ones folded.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    open_rows: int = 20
+
+    @property
+    def grouped(self) -> bool:
+        return any(column.group for column in self.columns)
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Headings over columns, each with the number of columns it spans."""
+        return [
+            (group, len(list(columns)))
+            for group, columns in itertools.groupby(self.columns, key=lambda column: column.group)
+        ]
+
+
+def table_csv(table: Table) -> str:
+    """One line of titles, then one a row, with values as precise as they were measured."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.whole_title for column in table.columns])
+    for row in table.rows:
+        writer.writerow([cell.text if cell.value is None else cell.value for cell in row])
+    return stream.getvalue()
+
+
+def table_markdown(table: Table) -> str:
+    """A table in GitHub's Markdown under its caption."""
+    heads = [_markdown(column.whole_title) for column in table.columns]
+    lines = [
+        f"**{_markdown(table.caption)}**",
+        "",
+        _piped(heads),
+        _piped(["---:" if column.numeric else ":---" for column in table.columns]),
+        *(_piped([_markdown(cell.text) for cell in row]) for row in table.rows),
+    ]
+    if table.note:
+        lines += ["", _markdown(table.note)]
+    return "\n".join(lines) + "\n"
+
+
+def _piped(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown(text: str) -> str:
+    """``text`` so that Markdown shows it as it is, on one line."""
+    flat = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", flat)
+
+
+def table_latex(table: Table) -> str:
+    """A ``table`` environment for the package ``booktabs``."""
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_latex(table.caption)}}}",
+        rf"  \begin{{tabular}}{{{''.join('r' if c.numeric else 'l' for c in table.columns)}}}",
+        r"    \toprule",
+        *(f"    {line}" for line in _latex_heads(table)),
+        r"    \midrule",
+        *(f"    {' & '.join(_latex(cell.text) for cell in row)} \\\\" for row in table.rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+    ]
+    if table.note:
+        lines.append(rf"  \par\smallskip {_latex(table.note)}")
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _latex_heads(table: Table) -> Iterator[str]:
+    if table.grouped:
+        spans = [
+            rf"\multicolumn{{{span}}}{{c}}{{{_latex(group)}}}" if group else " & " * (span - 1)
+            for group, span in table.groups
+        ]
+        yield " & ".join(spans) + r" \\"
+        first = 1
+        for group, span in table.groups:
+            if group:
+                yield rf"\cmidrule(lr){{{first}-{first + span - 1}}}"
+            first += span
+    yield " & ".join(_latex(column.title) for column in table.columns) + r" \\"
+
+
+_LATEX: Final = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "∞": r"$\infty$",
+    "…": r"\dots{}",
+    "×": r"$\times$",
+    **{character: f"\\{character}" for character in "{}$&#_%"},
+}
+
+
+def _latex(text: str) -> str:
+    """``text`` so that LaTeX sets it as it is, on one line."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def columns(now: Standing) -> tuple[list[str], list[str]]:
@@ -19,16 +173,16 @@ def columns(now: Standing) -> tuple[list[str], list[str]]:
 
 
 def trials_csv(now: Standing) -> str:
-    """Every trial, the best first, those without a result last."""
+    """Every trial as it was stored, the best first, those without a result last."""
     paths, metrics = columns(now)
     ranked = now.leaderboard
-    rows = [*ranked, *(row for row in now.rows if row not in ranked)]
+    known = {row.number for row in ranked}
+    rows = [*ranked, *(row for row in now.rows if row.number not in known)]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     objectives = [f"objective.{objective.metric}" for objective in now.spec.objective]
-    writer.writerow(
-        ["number", "state", "outcome", *objectives, *paths, *metrics, "seconds", "attempt"]
-    )
+    facts = ["seconds", "attempt", "worker", "model_parameters"]
+    writer.writerow(["number", "state", "outcome", *objectives, *paths, *metrics, *facts])
     for row in rows:
         writer.writerow(_cells(row, len(objectives), paths, metrics))
     return stream.getvalue()
@@ -36,6 +190,7 @@ def trials_csv(now: Standing) -> str:
 
 def _cells(row: TrialRow, objectives: int, paths: list[str], metrics: list[str]) -> list[Any]:
     values = list(row.values) + [""] * (objectives - len(row.values))
+    facts = [row.seconds, row.attempt, row.worker, row.model_parameters]
     return [
         row.number,
         row.state,
@@ -43,8 +198,7 @@ def _cells(row: TrialRow, objectives: int, paths: list[str], metrics: list[str])
         *values,
         *(_cell(row.params[path]) if path in row.params else "" for path in paths),
         *(row.metrics.get(name, "") for name in metrics),
-        row.seconds if row.seconds is not None else "",
-        row.attempt,
+        *("" if fact is None else fact for fact in facts),
     ]
 
 

@@ -1,0 +1,205 @@
+"""The reports' four figures: loss and accuracy over the epochs, in training and validation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sweeper.report.blocks import Curves, Figure, Line
+from sweeper.report.collect import StudyData
+from sweeper.report.configurations import Configuration, setting
+from sweeper.report.drawing import OTHERS, colour, faint, layout, numbers, plain
+from sweeper.report.wording import metric_title, plural, short_names, value
+from sweeper.tracking.history import CURVES
+
+_ALL_COLOURED: Final = 10
+_HIGHLIGHTED: Final = 8
+_MARKED_UP_TO: Final = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line, mean over the trials of a configuration. ``series``: metric → epoch → values."""
+
+    label: str
+    hint: str
+    series: Mapping[str, Mapping[int, Sequence[float]]]
+    highlighted: bool = field(default=True)
+
+
+def curves(data: StudyData) -> list[Curve]:
+    """One line a configuration, those to look at first: in the order of the studied factor's
+    values where there is one factor, else the best first."""
+    spec = data.now.spec
+    ranked = data.ranked
+    done = {config.key for config in ranked}
+    rest = [config for config in data.found if config.key not in done]
+    ordered = [*ranked, *rest]
+    lines = [config for config in ordered if _has_history(data, config)]
+    one_factor = len(data.factors) == 1
+    if len(lines) <= _ALL_COLOURED:
+        highlighted = {config.key for config in lines}
+    else:
+        highlighted = {config.key for config in lines[:_HIGHLIGHTED]}
+    if one_factor:
+        lines.sort(key=lambda config: _position(data, config))
+    titles = short_names(data.factors)
+    return [
+        Curve(
+            label=label(data, config),
+            hint=", ".join(
+                f"{titles[path]} {value(setting(spec, config.resolved, config.params, path))}"
+                for path in data.factors
+            ),
+            series={
+                metric: over_trials([data.history(row, metric) for row in config.rows])
+                for metric in CURVES
+            },
+            highlighted=config.key in highlighted,
+        )
+        for config in lines
+    ]
+
+
+def _has_history(data: StudyData, config: Configuration) -> bool:
+    return any(data.history(row, metric) for row in config.rows for metric in CURVES)
+
+
+def _position(data: StudyData, config: Configuration) -> tuple[int, float, int]:
+    """Where the factor's value stands: numbers by size, others in the order of the file."""
+    path = data.factors[0]
+    found = setting(data.now.spec, config.resolved, config.params, path)
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return 0, float(found), 0
+    return 1, 0.0, config.rows[0].number
+
+
+def label(data: StudyData, config: Configuration) -> str:
+    """A configuration's name in a legend: its value of the factor, or its trial and values."""
+    spec = data.now.spec
+    several = f" ({plural(len(config.rows), 'seed')})" if len(config.rows) > 1 else ""
+    values = [value(setting(spec, config.resolved, config.params, path)) for path in data.factors]
+    if not values:
+        return f"trial {config.rows[0].number}" if not several else f"all trials{several}"
+    if len(values) == 1:
+        return f"{short_names(data.factors)[data.factors[0]]} {values[0]}{several}"
+    if len(values) <= 3:
+        return f"{', '.join(values)}{several}"
+    return f"trial {config.rows[0].number}{several}"
+
+
+def over_trials(histories: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
+    """Epoch → the finite values of all trials that have one, in the order of the epochs."""
+    found: dict[int, list[float]] = {}
+    for history in histories:
+        for epoch, reached in history.items():
+            if math.isfinite(reached):
+                found.setdefault(epoch, []).append(reached)
+    return dict(sorted(found.items()))
+
+
+def curves_block(lines: Sequence[Curve], name: str = "curves", caption: str = "") -> Curves | None:
+    """The four figures with one legend; None where no epoch was recorded."""
+    metrics = [metric for metric in CURVES if any(curve.series.get(metric) for curve in lines)]
+    if not metrics:
+        return None
+    coloured = [curve for curve in lines if curve.highlighted]
+    colours = {id(curve): colour(index) for index, curve in enumerate(coloured)}
+    others = len(lines) - len(coloured)
+    legend = [
+        Line(
+            key=f"line{index}",
+            label=curve.label,
+            colour=colours[id(curve)],
+            dashed=index >= _ALL_COLOURED,
+        )
+        for index, curve in enumerate(coloured)
+    ]
+    if others:
+        legend.append(Line(key="others", label=f"{plural(others, 'other')}", colour=OTHERS))
+    keys = {id(curve): f"line{index}" for index, curve in enumerate(coloured)}
+    # Grey lines first, so that those to look at lie above them.
+    order = sorted(lines, key=lambda curve: curve.highlighted)
+    return Curves(
+        name=name,
+        legend=tuple(legend),
+        caption=caption,
+        figures=tuple(
+            Figure(
+                name=f"{name}-{metric.replace('_', '-')}",
+                title=metric_title(metric)
+                .replace("train", "training", 1)
+                .replace("val ", "validation ", 1),
+                caption="",
+                spec=_figure(order, metric, keys, colours),
+                height_px=300,
+            )
+            for metric in metrics
+        ),
+    )
+
+
+def _figure(
+    lines: Sequence[Curve], metric: str, keys: Mapping[int, str], colours: Mapping[int, str]
+) -> dict[str, Any]:
+    traces: list[dict[str, Any]] = []
+    for curve in lines:
+        series = curve.series.get(metric)
+        if not series:
+            continue
+        key = keys.get(id(curve), "others")
+        tint = colours.get(id(curve), OTHERS)
+        if curve.highlighted and any(len(values) > 1 for values in series.values()):
+            traces.append(_band(series, key, tint))
+        traces.append(_line(curve, series, key, tint))
+    return {
+        "data": traces,
+        "layout": layout(x="epoch", y=metric_title(metric), hovermode="closest"),
+    }
+
+
+def _line(
+    curve: Curve, series: Mapping[int, Sequence[float]], key: str, tint: str
+) -> dict[str, Any]:
+    epochs = list(series)
+    said = plain(curve.label if curve.hint in curve.label else f"{curve.label}: {curve.hint}")
+    dashed = key.startswith("line") and int(key[4:]) >= _ALL_COLOURED
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(epochs) <= _MARKED_UP_TO else "lines",
+        "name": plain(curve.label),
+        "legendgroup": key,
+        "x": epochs,
+        "y": numbers(statistics.fmean(values) for values in series.values()),
+        "line": {
+            "color": tint,
+            "width": 2 if curve.highlighted else 1,
+            "dash": "dash" if dashed else "solid",
+        },
+        "opacity": 1 if curve.highlighted else 0.45,
+        "marker": {"size": 5 if curve.highlighted else 3},
+        "hovertemplate": f"{said}<br>epoch %{{x}}: %{{y:.4f}}<extra></extra>",
+    }
+
+
+def _band(series: Mapping[int, Sequence[float]], key: str, tint: str) -> dict[str, Any]:
+    """One standard deviation to either side of the mean."""
+    epochs = list(series)
+    means = [statistics.fmean(values) for values in series.values()]
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in series.values()]
+    upper = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    lower = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "legendgroup": key,
+        "x": [*epochs, *reversed(epochs)],
+        "y": numbers([*upper, *reversed(lower)]),
+        "fill": "toself",
+        "fillcolor": faint(tint, 0.18),
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }

@@ -1,0 +1,202 @@
+"""The first screen: what was asked, what came out, in ten seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sweeper.report.blocks import Facts, Tile
+from sweeper.report.collect import StudyData, device_seconds, wall_seconds
+from sweeper.report.configurations import Configuration, setting
+from sweeper.report.wording import (
+    duration,
+    last_line,
+    metric,
+    metric_title,
+    number,
+    plural,
+    short_names,
+    value,
+)
+from sweeper.space import Parameter, Values
+from sweeper.store import TrialRow
+from sweeper.store.view import STATES
+
+_LISTED: Final = 12
+_SETTINGS: Final = 14
+
+
+def headline(data: StudyData) -> str:
+    """What came out, in one sentence."""
+    now = data.now
+    ranked = data.ranked
+    if not ranked:
+        failed = next((row.error for row in now.rows if row.error), None)
+        said = "No trial has completed"
+        return f"{said}: {last_line(failed)}" if failed else f"{said} yet."
+    best = ranked[0]
+    objective = now.spec.objective[0]
+    reached = best.objective()
+    scores = f"{metric_title(objective.metric)} {number(reached.mean if reached else None)}"
+    if reached is not None and reached.deviation is not None:
+        scores += f" ± {number(reached.deviation)} over {reached.count} seeds"
+    tested = best.metric("test_accuracy")
+    if tested is not None:
+        scores += f", test accuracy {number(tested.mean)}"
+    what = _named(data, best)
+    pending = "" if now.over else f" So far: {now.ended} of {now.budget} trials have ended."
+    if len(ranked) == 1:
+        return f"{what}: {scores}.{pending}"
+    unit = "values" if len(data.factors) == 1 else "configurations"
+    return f"{what} is the best of {len(ranked)} {unit}: {scores}.{pending}"
+
+
+def _named(data: StudyData, config: Configuration) -> str:
+    """A configuration by its value of the one factor, else by its trial."""
+    if len(data.factors) == 1 and len(data.found) > 1:
+        path = data.factors[0]
+        found = setting(data.now.spec, config.resolved, config.params, path)
+        title = short_names([path])[path]
+        return f"{title[:1].upper()}{title[1:]} {value(found)}"
+    return f"Trial {config.complete[0].number}"
+
+
+def tiles(data: StudyData) -> tuple[Tile, ...]:
+    """Objective, test accuracy, trials by state, device time."""
+    now = data.now
+    found = []
+    best = now.best
+    if best is not None:
+        objective = now.spec.objective[0]
+        found.append(
+            Tile(
+                label=f"Best {metric_title(objective.metric)}",
+                value=number(best.values[0]),
+                detail=f"trial {best.number}, {objective.at} epoch",
+            )
+        )
+        if "test_accuracy" in best.metrics:
+            found.append(
+                Tile(
+                    label="Its test accuracy",
+                    value=metric("test_accuracy", best.metrics["test_accuracy"]),
+                    detail="read once, after training",
+                )
+            )
+    counts = now.counts
+    states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    found.append(Tile(label="Trials", value=f"{now.ended} of {now.budget}", detail=states))
+    wall = wall_seconds(now.rows)
+    workers = len({row.worker for row in now.rows if row.worker})
+    found.append(
+        Tile(
+            label="Device time",
+            value=duration(device_seconds(now.rows)),
+            detail=f"{duration(wall)} from start to end, {plural(workers, 'worker')}"
+            if wall is not None
+            else "",
+        )
+    )
+    return tuple(found)
+
+
+def asked(data: StudyData) -> Facts:
+    """The question: objective, what is fixed, what is searched and how."""
+    spec = data.now.spec
+    objectives = "; ".join(
+        f"{each.direction} {metric_title(each.metric)} ({each.at} epoch)" for each in spec.objective
+    )
+    sections = spec.sections()
+    search = spec.search
+    how = [f"{search.sampler.name} sampler" if spec.parameters else "no parameter is searched"]
+    if search.pruner.name != "none":
+        how.append(f"{search.pruner.name} pruner")
+    facts: list[tuple[str, tuple[str, ...]]] = [("objective", (objectives,))]
+    facts += [
+        (
+            f"searched: {path}",
+            (_space(parameter),),
+        )
+        for path, parameter in spec.parameters.items()
+    ]
+    facts.append(("search", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
+    for name in ("data", "model", "optimizer", "train"):
+        facts.append((name, (_section(sections[name], prefix=name, skip=set(spec.parameters)),)))
+    if spec.reference is not None:
+        many = plural(len(spec.reference.trials), "row")
+        facts.append(("published", (f"{spec.reference.source}, {many}",)))
+    return Facts(title="Asked", facts=tuple(facts))
+
+
+def _space(parameter: Parameter) -> str:
+    if isinstance(parameter, Values):
+        shown = [value(each) for each in parameter.values[:_LISTED]]
+        more = len(parameter.values) - len(shown)
+        text = ", ".join(shown) + (f" and {more} more" if more else "")
+    else:
+        text = f"{value(parameter.low)} to {value(parameter.high)}"
+        text += " on a log scale" if parameter.log else ""
+        text += f" in steps of {value(parameter.step)}" if parameter.step else ""
+    if parameter.when:
+        needs = " and ".join(
+            f"{path} is {' or '.join(map(value, options))}"
+            for path, options in parameter.when.items()
+        )
+        text += f", where {needs}"
+    return text
+
+
+def _section(section: Mapping[str, Any], *, prefix: str, skip: set[str]) -> str:
+    """A section of the study file in one line, without what is searched."""
+    parts = []
+    for key, each in section.items():
+        path = f"{prefix}.{key}"
+        if path in skip or each is None or each == [] or each == {}:
+            continue
+        if isinstance(each, Mapping):
+            inside = _section(each, prefix=path, skip=skip)
+            text = f"{key} ({inside})" if inside else ""
+        elif isinstance(each, list | tuple):
+            listed = [
+                _section(item, prefix=path, skip=skip) if isinstance(item, Mapping) else value(item)
+                for item in each
+            ]
+            text = f"{key} {' + '.join(listed)}"
+        else:
+            text = value(each) if key == "name" else f"{key} {value(each)}"
+        if text:
+            parts.append(text.replace("_", " ") if not isinstance(each, str) else text)
+    return ", ".join(parts) or "all of it is searched"
+
+
+def best_configuration(data: StudyData) -> Facts | None:
+    """The best trial: its parameters, and what else it reached."""
+    row = data.now.best
+    if row is None:
+        return None
+    titles = short_names(list(row.params))
+    facts = [(f"{titles[path]}", (value(each),)) for path, each in row.params.items()]
+    facts += [(title, (text,)) for title, text in _reached(data, row)]
+    return Facts(title=f"Best: trial {row.number}", facts=tuple(facts[: _SETTINGS + 8]))
+
+
+def _reached(data: StudyData, row: TrialRow) -> list[tuple[str, str]]:
+    names = ["max_train_accuracy", "max_val_accuracy", "test_accuracy", "test_loss"]
+    found = [
+        (metric_title(objective.metric), number(reached))
+        for objective, reached in zip(data.now.spec.objective, row.values, strict=False)
+    ]
+    found += [
+        (metric_title(name), metric(name, row.metrics[name]))
+        for name in names
+        if name in row.metrics
+    ]
+    epoch = row.metrics.get("best_epoch")
+    if epoch is not None:
+        found.append(("best epoch", f"{round(epoch)} of {row.epoch}"))
+    if row.model_parameters:
+        found.append(("model size", f"{row.model_parameters:,} parameters"))
+    if "mean_seconds" in row.metrics:
+        found.append(("an epoch", f"{metric('mean_seconds', row.metrics['mean_seconds'])} s"))
+    found.append(("whole trial", duration(row.seconds)))
+    return found

@@ -1,0 +1,91 @@
+"""Who trained what, when: one lane a worker, one bar an attempt, coloured by how it ended.
+
+Optuna's own timeline knows no workers.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+
+from sweeper.report.blocks import Figure
+from sweeper.report.collect import StudyData
+from sweeper.report.drawing import STATES, layout, numbers, plain
+from sweeper.report.wording import duration, metric_title, number
+from sweeper.store import TrialRow
+
+_LANE_PX: Final = 34
+_LEAST_PX: Final = 150
+_MOST_PX: Final = 900
+_LEAST_BAR_S: Final = 0.002
+"""Of the whole time, so that no attempt is invisible."""
+
+
+def timeline(data: StudyData) -> Figure | None:
+    """The figure, or None before any trial has started."""
+    rows = [row for row in data.now.rows if row.started is not None]
+    if not rows:
+        return None
+    starts = [row.started for row in rows if row.started is not None]
+    ends = [row.ended for row in rows if row.ended is not None]
+    start, end = min(starts), max([*ends, *starts])
+    workers = sorted({row.worker or "unknown" for row in rows})
+    lanes = {worker: f"worker {index}" for index, worker in enumerate(workers, start=1)}
+    whole_ms = max(1.0, (end - start).total_seconds() * 1000)
+    traces = []
+    for state in STATES:
+        bars = [row for row in rows if row.state == state]
+        if bars:
+            traces.append(_bars(data, state, bars, end, lanes, whole_ms * _LEAST_BAR_S))
+    drawn = layout(
+        x=f"time of day, {start:%-d %B %Y}",
+        barmode="overlay",
+        bargap=0.25,
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    drawn["xaxis"] |= {"type": "date"}
+    drawn["yaxis"] |= {"type": "category", "autorange": "reversed", "title": {"text": ""}}
+    named = "; ".join(f"{lane} is {worker}" for worker, lane in lanes.items())
+    return Figure(
+        name="timeline",
+        title="Timeline",
+        caption=f"One bar an attempt. {named}." if len(named) < 400 else "One bar an attempt.",
+        spec={"data": traces, "layout": drawn},
+        height_px=min(_MOST_PX, max(_LEAST_PX, 110 + _LANE_PX * len(lanes))),
+        wide=True,
+    )
+
+
+def _bars(
+    data: StudyData,
+    state: str,
+    rows: list[TrialRow],
+    end: datetime,
+    lanes: dict[str, str],
+    least_ms: float,
+) -> dict[str, Any]:
+    metric = metric_title(data.now.spec.objective[0].metric)
+    spans = [((row.ended or end) - (row.started or end)).total_seconds() * 1000 for row in rows]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": state,
+        "base": [(row.started or end).isoformat(timespec="milliseconds") for row in rows],
+        "x": numbers(max(least_ms, span) for span in spans),
+        "y": [lanes[row.worker or "unknown"] for row in rows],
+        "text": [_said(row, metric) for row in rows],
+        "textposition": "none",
+        "marker": {"color": STATES[state], "line": {"width": 0.5, "color": "rgba(0,0,0,0.35)"}},
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _said(row: TrialRow, metric: str) -> str:
+    reached = row.values[0] if row.values else row.last_value
+    how = (row.outcome or row.state).replace("_", " ")
+    lines = [f"trial {row.number}: {how} after {duration(row.seconds)}"]
+    if reached is not None:
+        lines.append(f"{metric} {number(reached)} at epoch {row.epoch}")
+    lines.append(row.worker or "unknown worker")
+    return "<br>".join(map(plain, lines))
