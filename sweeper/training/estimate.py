@@ -23,27 +23,44 @@ _IMAGES: Final = {
 }
 """Training images of the known data sets, those held out for validation included."""
 
-_BATCHES: Final = {"cpu": 1, "cuda": 20}
+_CUDA_BATCHES: Final = 20
+_QUICK_S: Final = 0.1
 
 
 def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> float | None:
     """Seconds that training and validation of one trial take on ``device`` (None: the best one).
 
     Measured with random images of the right shape, so no data are needed: some batches of training
-    (on a CPU one, of at most 128 images) after as many that warm up, and some of validation,
-    scaled to the size of the data set and the number of epochs. Loading data, the test set and
-    compilation come on top. None where the size of the data is unknown, and for a support vector
-    machine, whose time does not grow with its data in proportion.
+    after as many that warm up, and some of validation, scaled to the size of the data set and the
+    number of epochs. On a CPU that is one batch of 8 images, or of up to 128 where 8 take less than
+    a tenth of a second. Loading data, the test set and compilation come on top. None where the size
+    of the data is unknown, and for a support vector machine, whose time does not grow with its data
+    in proportion.
     """
     device = best_device() if device is None else resolved(device)
     shape, images = shape_of(config.data), _images(config.data)
     if shape is None or not images or isinstance(config.model, Svm):
         return None
     config = _without_pretrained_weights(config)
-    batch = min(config.train.batch_size, images, 128 if device.type == "cpu" else images)
+    largest = min(config.train.batch_size, images)
+    if device.type == "cuda":
+        seconds = _an_image_s(config, shape, device, batch=largest, batches=_CUDA_BATCHES)
+    else:
+        seconds = _an_image_s(config, shape, device, batch=min(largest, 8), batches=1)
+        if seconds[0] * 8 < _QUICK_S:
+            seconds = _an_image_s(config, shape, device, batch=min(largest, 128), batches=1)
+    training_s, validation_s = seconds
+    held_out = _held_out(config.data, images)
+    return config.train.epochs * (training_s * (images - held_out) + validation_s * held_out)
+
+
+def _an_image_s(
+    config: TrialConfig, shape: DataShape, device: torch.device, *, batch: int, batches: int
+) -> tuple[float, float]:
+    """Seconds an image in training and in validation."""
     train = config.train.model_copy(update={"batch_size": batch})
     config = config.model_copy(update={"train": train})
-    dataset = _random(config.data, shape, batch * _BATCHES.get(device.type, 1), device)
+    dataset = _random(config.data, shape, batch * batches, device)
     engine = Engine(config, dataset=dataset, device=device)
     try:
         validation = engine.part(dataset.val)
@@ -52,9 +69,7 @@ def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> fl
             validated = engine.evaluate(validation, _nothing)
     finally:
         engine.drop_graph()
-    held_out = _held_out(config.data, images)
-    an_epoch = trained.seconds / len(dataset.train) * (images - held_out)
-    return config.train.epochs * (an_epoch + validated.seconds / len(dataset.val) * held_out)
+    return trained.seconds / len(dataset.train), validated.seconds / len(dataset.val)
 
 
 def _images(data: DataConfig) -> int:
