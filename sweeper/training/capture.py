@@ -49,13 +49,17 @@ class CapturedStep:
         device: torch.device,
     ) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):
                 self._capture(step, undo)
         except RuntimeError as error:  # torch's CUDA errors, out of memory included, derive from it
+            torch.cuda.set_stream(current)  # which a capture that fails does not put back
+            torch.cuda.synchronize(device)
             undo()
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CaptureError(f"the training step cannot be captured: {reason}") from error
+            raise CaptureError(
+                f"the training step cannot be captured: {_first_reason(error)}"
+            ) from error
 
     def _capture(self, step: Callable[[], None], undo: Callable[[], None]) -> None:
         # thread_local: other threads (heartbeat, tracker) stay free to do as they like.
@@ -84,6 +88,13 @@ class CapturedStep:
         """Free the graph and its memory. Waits for the device."""
         torch.cuda.synchronize()
         self._graph.reset()
+
+
+def _first_reason(error: BaseException) -> str:
+    """The first line of what went wrong first: ending a broken capture raises once more."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
