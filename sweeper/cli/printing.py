@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,9 @@ from rich.table import Table
 from sweeper.store import TrialRow
 from sweeper.study.spec import StudySpec
 
-STATE_STYLE = {
+_ENDLESS: Final = 4000
+
+STATE_STYLE: Final = {
     "complete": "green",
     "pruned": "yellow",
     "failed": "red",
@@ -26,13 +28,19 @@ STATE_STYLE = {
 
 
 def out() -> Console:
-    """Where results go."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Where results go. A file or a pipe gets lines as long as they are."""
+    return _console(sys.stdout)
 
 
 def err() -> Console:
     """Where everything else goes."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return _console(sys.stderr)
+
+
+def _console(stream: TextIO) -> Console:
+    if stream.isatty():
+        return Console(file=stream, highlight=False)
+    return Console(file=stream, highlight=False, width=_ENDLESS, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -86,6 +94,17 @@ def varied(spec: StudySpec, rows: Sequence[TrialRow]) -> list[str]:
     return [*spec.parameters, *extra]
 
 
+def headings(paths: Sequence[str]) -> dict[str, str]:
+    """A short heading for every dotted path: its last word, the section's for a name.
+
+    >>> headings(["optimizer.name", "optimizer.lr", "model.name"])
+    {'optimizer.name': 'optimizer', 'optimizer.lr': 'lr', 'model.name': 'model'}
+    """
+    short = {path: path.removesuffix(".name").rpartition(".")[2] for path in paths}
+    used = list(short.values())
+    return {path: word if used.count(word) == 1 else path for path, word in short.items()}
+
+
 def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
     """Trials with their parameters and what they reached."""
     metric = spec.objective[0].metric
@@ -95,8 +114,8 @@ def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
     table.add_column(metric, justify="right")
     table.add_column("test accuracy", justify="right")
     paths = varied(spec, rows)
-    for path in paths:
-        table.add_column(path, justify="right")
+    for heading in headings(paths).values():
+        table.add_column(heading, justify="right")
     table.add_column("time", justify="right")
     for row in rows:
         value = row.values[0] if row.values else row.last_value

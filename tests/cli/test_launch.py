@@ -127,7 +127,7 @@ def test_status_and_best(launched: Launched) -> None:
     assert best["number"] == result["best"]["number"]
     assert best["config"]["optimizer"]["lr"] == best["params"]["optimizer.lr"]
     assert "small" in sweeper.run("status")
-    assert "optimizer.lr" in sweeper.run("trials", "small")
+    assert " lr " in sweeper.run("trials", "small")
     assert "test_accuracy" in sweeper.run("best", "small")
 
 
