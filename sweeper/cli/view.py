@@ -89,16 +89,24 @@ class _LiveView:
             times += f", about {duration(left_s(now, workers))} left"
         parts: list[RenderableType] = [
             head,
-            ProgressBar(total=max(1, now.budget), completed=now.ended, width=60),
+            _bar(now),
             states,
             Text(f"{times}   MLflow: {self._tracking() or 'starting'}", style="dim"),
         ]
         if now.best is not None:
             parts.append(Text.from_markup(_best(now)))
-        parts.append(_running(now))
+        if now.counts["running"]:
+            parts.append(_running(now))
         if note:
             parts.append(Text(note, style="yellow"))
         return Group(*parts)
+
+
+def _bar(now: Standing) -> Table:
+    """A progress bar on a line of its own, which a bare one is not."""
+    grid = Table.grid()
+    grid.add_row(ProgressBar(total=max(1, now.budget), completed=now.ended, width=60))
+    return grid
 
 
 def _best(now: Standing) -> str:
