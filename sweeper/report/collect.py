@@ -92,7 +92,7 @@ def collect(
         study=study,
         now=now,
         found=found,
-        factors=tuple(varied(spec, [config.params for config in found])),
+        factors=tuple(varied(spec, [(config.resolved, config.params) for config in found])),
         runs=runs,
         tracker_problem=problem,
         command=command or (started.tags.get("sweeper.command", "") if started else ""),
@@ -140,6 +140,7 @@ def provenance(data: StudyData) -> dict[str, list[str]]:
         "commit": _counted(data.tags(COMMIT_TAG)),
         "hardware": hardware(data),
         "host": _counted(data.tags("sweeper.host")),
+        "best run": [run.run_id] if data.now.best and (run := data.run(data.now.best)) else [],
     }
     for name in versions():
         result[name] = _counted(data.tags(f"sweeper.version.{name}"))

@@ -1,4 +1,4 @@
-"""Several studies beside each other: one table, and the curves of the best trial of each."""
+"""Several studies beside each other: one table, and the best configurations' curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sweeper.report.blocks import Block, Page, Section, Tables, Text, Tile
 from sweeper.report.collect import StudyData, device_seconds
-from sweeper.report.configurations import Configuration, setting
+from sweeper.report.configurations import Configuration
 from sweeper.report.curves import Curve, curves_block, over_trials
+from sweeper.report.leaderboard import described
 from sweeper.report.reference import published, spread_cell, verdict
 from sweeper.report.render import render
 from sweeper.report.study_page import guarded
@@ -20,7 +21,6 @@ from sweeper.report.wording import (
     metric_title,
     number,
     plural,
-    short_names,
     value,
 )
 from sweeper.report.write import PAGE, Report, comparison_name, table_files, write_files
@@ -85,14 +85,14 @@ def comparison_page(
 
 def _tile(data: StudyData) -> Tile:
     metric = metric_title(data.now.spec.objective[0].metric)
-    best = data.now.best
-    if best is None:
+    if not data.ranked:
         return Tile(label=data.name, value=value(None), detail="no trial has completed")
-    tested = best.metrics.get("test_accuracy")
-    detail = f"best {metric}, trial {best.number}"
+    best = data.ranked[0]
+    reached, tested = best.objective(), best.metric("test_accuracy")
+    detail = f"best {metric}"
     if tested is not None:
-        detail += f"; test accuracy {number(tested)}"
-    return Tile(label=data.name, value=number(best.values[0]), detail=detail)
+        detail += f"; test accuracy {number(tested.mean)}"
+    return Tile(label=data.name, value=number(reached.mean if reached else None), detail=detail)
 
 
 def _headline(studies: Sequence[StudyData]) -> str:
@@ -109,10 +109,10 @@ def _headline(studies: Sequence[StudyData]) -> str:
                 f"{other} {number(reached)}" for reached, other in scored if other != ahead[1]
             )
             return (
-                f"{ahead[1]} is ahead: the {metric_title(name)} of its best trial is "
+                f"{ahead[1]} is ahead: the {metric_title(name)} of its best configuration is "
                 f"{number(ahead[0])}; {others}."
             )
-    return f"{plural(len(studies), 'study', 'studies')}, the best trial of each."
+    return f"{plural(len(studies), 'study', 'studies')}, the best configuration of each."
 
 
 def comparison_table(studies: Sequence[StudyData]) -> Table:
@@ -153,17 +153,9 @@ def _row(data: StudyData, config: Configuration | None, names: Sequence[str]) ->
         Cell(text=f"{objective.direction} {metric_title(objective.metric)}"),
         spread_cell(objective.metric, config.objective() if config else None),
         *(spread_cell(name, config.metric(name) if config else None) for name in names),
-        Cell(text=_chosen(data, config) if config else value(None)),
+        Cell(text=described(data, config) if config else value(None)),
         Cell(text=f"{now.ended} of {now.budget}", value=now.ended),
         Cell(text=duration(seconds), value=round(seconds, 1)),
-    )
-
-
-def _chosen(data: StudyData, config: Configuration) -> str:
-    titles = short_names(data.factors)
-    return ", ".join(
-        f"{titles[path]} {value(setting(data.now.spec, config.resolved, config.params, path))}"
-        for path in data.factors
     )
 
 
@@ -179,7 +171,7 @@ def _curves(studies: Sequence[StudyData]) -> list[Block]:
         lines.append(
             Curve(
                 label=data.name,
-                hint=_chosen(data, config),
+                hint=described(data, config),
                 series={
                     metric: over_trials([data.history(row, metric) for row in config.rows])
                     for metric in CURVES
@@ -187,4 +179,4 @@ def _curves(studies: Sequence[StudyData]) -> list[Block]:
             )
         )
     block = curves_block(lines)
-    return [*blocks, block or Text(text="No epoch has been recorded yet.")]
+    return [*blocks, block or Text(text="No trial has had a second epoch.")]

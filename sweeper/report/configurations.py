@@ -86,11 +86,11 @@ def resolved(spec: StudySpec, params: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
 
 
-def identity(spec: StudySpec, params: Mapping[str, Any]) -> str:
-    """What two points share whose configurations are equal but for the seeds."""
-    whole = resolved(spec, params)
-    if whole is None:
+def identity(config: Mapping[str, Any] | None, params: Mapping[str, Any]) -> str:
+    """What two points share whose resolved configurations are equal but for the seeds."""
+    if config is None:
         return json.dumps(["invalid", dict(params)], sort_keys=True, default=str)
+    whole = {name: dict(section) for name, section in config.items()}
     for path in SEEDS:
         section, leaf = path.split(".")
         whole[section].pop(leaf, None)
@@ -99,19 +99,20 @@ def identity(spec: StudySpec, params: Mapping[str, Any]) -> str:
 
 def configurations(spec: StudySpec, rows: Sequence[TrialRow]) -> tuple[Configuration, ...]:
     """The configurations of all trials that count, in the order of their first trials."""
-    groups: dict[str, list[TrialRow]] = {}
+    groups: dict[str, tuple[Mapping[str, Any] | None, list[TrialRow]]] = {}
     for row in rows:
         drawn = row.params or not spec.parameters
         if row.state != "retried" and (drawn or row.state not in {"waiting", "running"}):
-            groups.setdefault(identity(spec, row.params), []).append(row)
+            config = resolved(spec, row.params)
+            groups.setdefault(identity(config, row.params), (config, []))[1].append(row)
     return tuple(
         Configuration(
             key=key,
-            resolved=resolved(spec, members[0].params),
+            resolved=config,
             params={k: v for k, v in members[0].params.items() if k not in SEEDS},
             rows=tuple(members),
         )
-        for key, members in groups.items()
+        for key, (config, members) in groups.items()
     )
 
 
@@ -141,18 +142,21 @@ def setting(
     return found
 
 
-def varied(spec: StudySpec, points: Sequence[Mapping[str, Any]]) -> list[str]:
+Point = tuple[Mapping[str, Any] | None, Mapping[str, Any]]
+"""A resolved configuration, and the values that it was made with."""
+
+
+def varied(spec: StudySpec, points: Sequence[Point]) -> list[str]:
     """The paths in which ``points`` differ, seeds aside: those of the space first.
 
     Where nothing differs, all paths that a point sets.
     """
     paths = list(spec.parameters)
-    paths += sorted({path for params in points for path in params} - set(paths))
+    paths += sorted({path for _, params in points for path in params} - set(paths))
     paths = [path for path in paths if path not in SEEDS]
-    whole = [(resolved(spec, params), params) for params in points]
     differing = []
     for path in paths:
-        seen = [setting(spec, config, params, path) for config, params in whole]
+        seen = [setting(spec, config, params, path) for config, params in points]
         if any(not same(value, seen[0]) for value in seen[1:]):
             differing.append(path)
-    return differing or [path for path in paths if any(path in params for params in points)]
+    return differing or [path for path in paths if any(path in params for _, params in points)]

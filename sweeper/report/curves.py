@@ -12,12 +12,15 @@ from sweeper.report.blocks import Curves, Figure, Line
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import Configuration, setting
 from sweeper.report.drawing import OTHERS, colour, faint, layout, numbers, plain
+from sweeper.report.leaderboard import described
 from sweeper.report.wording import metric_title, plural, short_names, value
 from sweeper.tracking.history import CURVES
 
 _ALL_COLOURED: Final = 10
 _HIGHLIGHTED: Final = 8
 _MARKED_UP_TO: Final = 15
+_NAMED_BY_VALUES: Final = 3
+_LINES_AT_MOST: Final = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,11 @@ class Curve:
 def curves(data: StudyData) -> list[Curve]:
     """One line a configuration, those to look at first: in the order of the studied factor's
     values where there is one factor, else the best first."""
-    spec = data.now.spec
     ranked = data.ranked
     done = {config.key for config in ranked}
     rest = [config for config in data.found if config.key not in done]
     ordered = [*ranked, *rest]
-    lines = [config for config in ordered if _has_history(data, config)]
+    lines = [config for config in ordered if _has_history(data, config)][:_LINES_AT_MOST]
     one_factor = len(data.factors) == 1
     if len(lines) <= _ALL_COLOURED:
         highlighted = {config.key for config in lines}
@@ -46,14 +48,10 @@ def curves(data: StudyData) -> list[Curve]:
         highlighted = {config.key for config in lines[:_HIGHLIGHTED]}
     if one_factor:
         lines.sort(key=lambda config: _position(data, config))
-    titles = short_names(data.factors)
     return [
         Curve(
             label=label(data, config),
-            hint=", ".join(
-                f"{titles[path]} {value(setting(spec, config.resolved, config.params, path))}"
-                for path in data.factors
-            ),
+            hint=described(data, config),
             series={
                 metric: over_trials([data.history(row, metric) for row in config.rows])
                 for metric in CURVES
@@ -86,8 +84,8 @@ def label(data: StudyData, config: Configuration) -> str:
         return f"trial {config.rows[0].number}" if not several else f"all trials{several}"
     if len(values) == 1:
         return f"{short_names(data.factors)[data.factors[0]]} {values[0]}{several}"
-    if len(values) <= 3:
-        return f"{', '.join(values)}{several}"
+    if len(values) <= _NAMED_BY_VALUES:
+        return f"{described(data, config)}{several}"
     return f"trial {config.rows[0].number}{several}"
 
 
@@ -102,8 +100,10 @@ def over_trials(histories: Sequence[Mapping[int, float]]) -> dict[int, list[floa
 
 
 def curves_block(lines: Sequence[Curve], name: str = "curves", caption: str = "") -> Curves | None:
-    """The four figures with one legend; None where no epoch was recorded."""
-    metrics = [metric for metric in CURVES if any(curve.series.get(metric) for curve in lines)]
+    """The four figures with one legend; None where no trial has two epochs to join."""
+    metrics = [
+        metric for metric in CURVES if any(len(curve.series.get(metric, ())) > 1 for curve in lines)
+    ]
     if not metrics:
         return None
     coloured = [curve for curve in lines if curve.highlighted]
@@ -155,10 +155,11 @@ def _figure(
         if curve.highlighted and any(len(values) > 1 for values in series.values()):
             traces.append(_band(series, key, tint))
         traces.append(_line(curve, series, key, tint))
-    return {
-        "data": traces,
-        "layout": layout(x="epoch", y=metric_title(metric), hovermode="closest"),
-    }
+    drawn = layout(x="epoch", y=metric_title(metric))
+    last = max((epoch for curve in lines for epoch in curve.series.get(metric, ())), default=0)
+    if last <= _MARKED_UP_TO:
+        drawn["xaxis"] |= {"dtick": 1}  # no half epochs
+    return {"data": traces, "layout": drawn}
 
 
 def _line(

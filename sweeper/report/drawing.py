@@ -40,6 +40,8 @@ STATES: Final[Mapping[str, str]] = {
     "waiting": "#9aa3ad",
 }
 
+LEGEND_ABOVE: Final = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+
 _CLEAR: Final = "rgba(0,0,0,0)"
 _OWN_MARKUP: Final = re.compile(r"<(?!(?:br/?|/?b|/?i|/?sub|/?sup|/?extra)>)")
 
@@ -88,6 +90,7 @@ def figure_data(figure: go.Figure) -> dict[str, Any]:
         "plot_bgcolor": _CLEAR,
         "margin": {"l": 60, "r": 16, "t": 28, "b": 48},
         "colorway": list(COLOURS),
+        "legend": LEGEND_ABOVE,
     }
     for key in list(drawn):
         if re.fullmatch(r"[xy]axis\d*", key):

@@ -10,11 +10,16 @@ from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import Configuration, Spread, setting
 from sweeper.report.curves import label
-from sweeper.report.drawing import COLOURS, layout, numbers, plain
+from sweeper.report.drawing import COLOURS, LEGEND_ABOVE, layout, numbers, plain
+from sweeper.report.leaderboard import described
 from sweeper.report.wording import metric_title, short_names, value
 
 _LOG_FROM: Final = 20
 """An axis whose largest value is so many times the smallest is logarithmic."""
+
+
+_TICKS: Final = 12
+"""So many values of the factor are written at their places; more would overlap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +96,13 @@ def _against_factor(
     ]
     if not traces:
         return None
-    drawn = layout(x=factor, y=title, showlegend=len(traces) > 1, legend=_LEGEND)
-    if numeric and _wide_range([float(x) for x, _ in points]):
-        drawn["xaxis"] |= {"type": "log"}
-    elif not numeric:
+    drawn = layout(x=factor, y=title, showlegend=len(traces) > 1, legend=LEGEND_ABOVE)
+    if numeric:
+        ticks = {"tickmode": "array", "tickvals": xs, "ticktext": [value(x) for x, _ in points]}
+        drawn["xaxis"] |= ticks if len(xs) <= _TICKS else {}
+        if _wide_range([float(x) for x, _ in points]):
+            drawn["xaxis"] |= {"type": "log"}
+    else:
         drawn["xaxis"] |= {"type": "category"}
     if title == "parameters":
         drawn["yaxis"] |= {"rangemode": "tozero"}
@@ -105,9 +113,6 @@ def _against_factor(
         spec={"data": traces, "layout": drawn},
         height_px=300,
     )
-
-
-_LEGEND: Final = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
 
 
 def _trace(
@@ -159,7 +164,10 @@ def _trade_off(
                     "mode": "markers",
                     "x": numbers(cost for cost, _, _ in points),
                     "y": numbers(gain for _, gain, _ in points),
-                    "text": [plain(_named(data, config)) for _, _, config in points],
+                    "text": [
+                        plain(f"{label(data, config)}: {described(data, config)}")
+                        for _, _, config in points
+                    ],
                     "marker": {"size": 9, "color": COLOURS[0]},
                     "hovertemplate": "%{text}<br>%{x:,.5~g}: %{y:.4f}<extra></extra>",
                 }
@@ -168,15 +176,6 @@ def _trade_off(
         },
         height_px=300,
     )
-
-
-def _named(data: StudyData, config: Configuration) -> str:
-    titles = short_names(data.factors)
-    values = ", ".join(
-        f"{titles[path]} {value(setting(data.now.spec, config.resolved, config.params, path))}"
-        for path in data.factors
-    )
-    return f"{label(data, config)}: {values}"
 
 
 def _wide_range(values: Sequence[float]) -> bool:

@@ -79,6 +79,15 @@ PARETO: Final[dict[str, tuple[str, str, Draw]]] = {
 
 def optuna_figures(data: StudyData) -> list[Figure]:
     """Every figure that this study has enough trials and parameters for."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what has one value only is no news
+    try:
+        return _drawn(data)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _drawn(data: StudyData) -> list[Figure]:
     study = readable(data)
     objectives = data.now.spec.objective
     wanted = FIGURES if len(objectives) == 1 else PARETO

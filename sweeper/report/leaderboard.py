@@ -28,7 +28,7 @@ _METRICS: Final = (
     "mean_val_seconds",
     "best_epoch",
 )
-_SAME: Final = {
+REPEATED: Final = {
     ("val_accuracy", "best"): "max_val_accuracy",
     ("train_accuracy", "best"): "max_train_accuracy",
     ("train_loss", "best"): "min_train_loss",
@@ -65,7 +65,7 @@ def leaderboard(data: StudyData) -> Table:
         ]
         cells += [spread_cell(name, config.metric(name)) for name in metrics]
         numbers = [row.number for row in config.complete]
-        cells.append(Cell(text=", ".join(map(str, numbers)), value=numbers[0]))
+        cells.append(Cell(text=", ".join(map(str, numbers))))
         body.append(tuple(cells))
     several = any(len(config.complete) > 1 for config in ranked)
     return Table(
@@ -87,7 +87,7 @@ def _objective_title(data: StudyData, index: int) -> str:
 def _metrics(data: StudyData, ranked: Sequence[Configuration]) -> list[str]:
     """Metrics worth a column: measured, not the objective again, and not all the same sizes."""
     objectives = {
-        _SAME.get((objective.metric, objective.at), "") for objective in data.now.spec.objective
+        REPEATED.get((objective.metric, objective.at), "") for objective in data.now.spec.objective
     }
     reference = data.now.spec.reference
     asked = {name for trial in reference.trials for name in trial.reported} if reference else set()
@@ -107,6 +107,14 @@ def setting_cell(data: StudyData, config: Configuration, path: str) -> Cell:
     found = setting(data.now.spec, config.resolved, config.params, path)
     plain = isinstance(found, int | float | str) and not isinstance(found, bool)
     return Cell(text=value(found), value=found if plain else None)
+
+
+def described(data: StudyData, config: Configuration) -> str:
+    """What sets a configuration apart from the others: ``lr 0.01, batch size 64``."""
+    titles = short_names(data.factors)
+    return ", ".join(
+        f"{titles[path]} {setting_cell(data, config, path).text}" for path in data.factors
+    )
 
 
 def _numeric(data: StudyData, found: Sequence[Configuration], path: str) -> bool:

@@ -34,16 +34,16 @@ def confusion(model: BestModel, said: Predictions) -> Figure | None:
         "x": names,
         "y": names,
         "z": [numbers(row) for row in share_KK.tolist()],
-        "customdata": matrix_KK.tolist(),
+        "text": [[f"{count:,}" if count else "" for count in row] for row in matrix_KK.tolist()],
         "zmin": 0,
         "zmax": 1,
         "colorscale": [[0, "rgba(59,130,196,0)"], [0.05, "rgba(59,130,196,0.35)"], [1, "#3b82c4"]],
         "showscale": False,
-        "hovertemplate": "%{y} taken for %{x}:<br>%{customdata} images, %{z:.1%} of the class"
+        "hovertemplate": "%{y} taken for %{x}:<br>%{text} images, %{z:.1%} of the class"
         "<extra></extra>",
     }
     if len(classes) <= _COUNTS_UP_TO:
-        trace |= {"texttemplate": "%{customdata}"}
+        trace["texttemplate"] = "%{text}"
     drawn = layout(x="predicted class", y="true class")
     drawn["xaxis"] |= {"type": "category", "side": "bottom", "showgrid": False}
     drawn["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}

@@ -24,6 +24,8 @@ from sweeper.report.wording import plural
 Pixels = NDArray[np.float32]
 
 _WIDTH_PX: Final = 640
+_HEIGHT_PX: Final = 520
+_TIMES_AT_MOST: Final = 24
 _KERNELS_AT_MOST: Final = 64
 _UNITS_AT_MOST: Final = 1024
 _LEAST_PIXELS: Final = 9
@@ -62,11 +64,12 @@ def _first_layer(
     if channels == 3:
         pictures.append(tiled(shown, f"{many} kernels of the first layer in colour", "in colour"))
     averaged = shown.mean(axis=1, keepdims=True)
-    grey = "averaged over channels" if channels > 1 else "one channel"
-    pictures.append(tiled(averaged, f"{many} kernels of the first layer, {grey}", grey))
-    kind = "kernels" if not isinstance(model, Mlp) else "units"
+    grey = "averaged over channels" if channels > 1 else ""
+    pictures.append(tiled(averaged, f"{many} kernels of the first layer {grey}".strip(), grey))
+    where = "Patch embedding" if isinstance(model, Mixer | Vit) else "First layer"
+    kind = "units" if isinstance(model, Mlp) else "kernels"
     return Gallery(
-        title=f"First layer: {count} {kind} of {height}×{width}",
+        title=f"{where}: {plural(count, kind.removesuffix('s'))} of {height}×{width}",
         caption=f"Weights of {many} {kind}, each scaled to 0–1 by itself.",
         pictures=tuple(pictures),
     )
@@ -153,8 +156,7 @@ def scaled(picture_CHW: Pixels) -> Pixels:
 def tiled(pictures_nCHW: Pixels, alt: str, caption: str = "") -> Picture:
     """All pictures in one, a clear pixel between them, each scaled by itself."""
     count, _, height, width = pictures_nCHW.shape
-    columns = next(side for side in (8, 16, 32, count) if side * side >= count)
-    columns = min(columns, count)
+    columns = min(count, 8 if count <= 32 else 16 if count <= 256 else 32)
     rows = -(-count // columns)
     whole = np.zeros((rows * (height + 1) - 1, columns * (width + 1) - 1, 4), np.uint8)
     for index, each_CHW in enumerate(pictures_nCHW):
@@ -183,7 +185,7 @@ def _picture(
     height, width = pixels.shape[:2]
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(stream, "PNG", optimize=True)
-    times = max(1, min(24, width_px // width))
+    times = max(1, min(_TIMES_AT_MOST, width_px // width, _HEIGHT_PX // height))
     return Picture(
         source="data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii"),
         alt=alt,

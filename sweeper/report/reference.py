@@ -88,7 +88,7 @@ def published(data: StudyData) -> list[Published]:
     known = {config.key: config for config in data.found}
     result = []
     for index, trial in enumerate(spec.reference.trials):
-        config = known.get(identity(spec, trial.params))
+        config = known.get(identity(resolved(spec, trial.params), trial.params))
         result.append(
             Published(
                 index=index,
@@ -154,7 +154,8 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
     """The published table: its parameters, then each metric reported, measured and compared."""
     spec = data.now.spec
     metrics = _order(rows)
-    paths = varied(spec, [row.params for row in rows])
+    points = [(resolved(spec, row.params), row.params) for row in rows]
+    paths = varied(spec, points)
     titles = short_names(paths)
     columns = [
         Column(title="#", hint="row of the published table"),
@@ -171,8 +172,7 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
     if any(row.note for row in rows):
         columns.append(Column(title="note", numeric=False))
     body = []
-    for row in rows:
-        config = resolved(spec, row.params)
+    for row, (config, _) in zip(rows, points, strict=True):
         cells = [Cell(text=str(row.index + 1), value=row.index + 1)]
         for path in paths:
             found = setting(spec, config, row.params, path)
@@ -216,11 +216,16 @@ def spread_cell(name: str, spread: Spread | None, tone: Tone = "") -> Cell:
     if spread is None:
         return Cell(text=value(None), tone="muted")
     text = metric(name, spread.mean)
-    hint = ""
-    if spread.deviation is not None:
-        text += f" ± {metric(name, spread.deviation)}"
-        hint = f"mean and standard deviation of {spread.count} trials"
-    return Cell(text=text, value=spread.mean, hint=hint, tone=tone)
+    if spread.deviation is None or (name == "model_parameters" and spread.deviation == 0):
+        return Cell(text=text, value=spread.mean, tone=tone)
+    decimals = len(text.partition(".")[2]) if "e" not in text else 4
+    return Cell(
+        text=f"{text} ± {spread.deviation:.{decimals}f}",
+        value=spread.mean,
+        deviation=spread.deviation,
+        hint=f"mean and standard deviation of {spread.count} trials",
+        tone=tone,
+    )
 
 
 def _trials(row: Published) -> Cell:

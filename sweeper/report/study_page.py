@@ -99,10 +99,10 @@ def _first(data: StudyData) -> Iterable[Block]:
     if rows:
         yield Text(text=verdict(rows))
         yield Tables(table=reference_table(data, rows))
+    yield asked(data)
     best = best_configuration(data)
     if best is not None:
         yield best
-    yield asked(data)
 
 
 def _leaderboard(data: StudyData) -> Iterable[Block]:
@@ -128,7 +128,7 @@ def _curves(data: StudyData) -> Iterable[Block]:
     if shown < len(lines):
         caption += f"The best {shown} of {len(lines)} are coloured."
     block = curves_block(lines, caption=caption.strip())
-    yield block or Text(text="No epoch has been recorded yet.")
+    yield block or Text(text="No trial has had a second epoch: there is no curve to draw.")
 
 
 def _cost(data: StudyData) -> Iterable[Block]:
@@ -140,6 +140,8 @@ def _cost(data: StudyData) -> Iterable[Block]:
 def _search(data: StudyData) -> Iterable[Block]:
     from sweeper.report.figures import optuna_figures
 
+    if data.now.counts["complete"] < 2:
+        return  # a figure of one point says nothing
     yield from optuna_figures(data)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from sweeper.report.blocks import Facts, Tile
 from sweeper.report.collect import StudyData, device_seconds, wall_seconds
 from sweeper.report.configurations import Configuration, setting
+from sweeper.report.leaderboard import REPEATED, described
 from sweeper.report.wording import (
     duration,
     last_line,
@@ -23,7 +24,7 @@ from sweeper.store import TrialRow
 from sweeper.store.view import STATES
 
 _LISTED: Final = 12
-_SETTINGS: Final = 14
+_IN_HEADLINE: Final = 4
 
 
 def headline(data: StudyData) -> str:
@@ -58,7 +59,10 @@ def _named(data: StudyData, config: Configuration) -> str:
         found = setting(data.now.spec, config.resolved, config.params, path)
         title = short_names([path])[path]
         return f"{title[:1].upper()}{title[1:]} {value(found)}"
-    return f"Trial {config.complete[0].number}"
+    trial = f"Trial {config.complete[0].number}"
+    if not 0 < len(data.factors) <= _IN_HEADLINE:
+        return trial
+    return f"{trial} ({described(data, config)})"
 
 
 def tiles(data: StudyData) -> tuple[Tile, ...]:
@@ -68,11 +72,12 @@ def tiles(data: StudyData) -> tuple[Tile, ...]:
     best = now.best
     if best is not None:
         objective = now.spec.objective[0]
+        alone = " alone" if any(len(config.complete) > 1 for config in data.found) else ""
         found.append(
             Tile(
                 label=f"Best {metric_title(objective.metric)}",
                 value=number(best.values[0]),
-                detail=f"trial {best.number}, {objective.at} epoch",
+                detail=f"trial {best.number}{alone}, {objective.at} epoch",
             )
         )
         if "test_accuracy" in best.metrics:
@@ -112,14 +117,10 @@ def asked(data: StudyData) -> Facts:
     if search.pruner.name != "none":
         how.append(f"{search.pruner.name} pruner")
     facts: list[tuple[str, tuple[str, ...]]] = [("objective", (objectives,))]
-    facts += [
-        (
-            f"searched: {path}",
-            (_space(parameter),),
-        )
-        for path, parameter in spec.parameters.items()
-    ]
-    facts.append(("search", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
+    if spec.parameters:
+        spaces = (f"{path}: {_space(parameter)}" for path, parameter in spec.parameters.items())
+        facts.append(("searched", tuple(spaces)))
+    facts.append(("how", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
     for name in ("data", "model", "optimizer", "train"):
         facts.append((name, (_section(sections[name], prefix=name, skip=set(spec.parameters)),)))
     if spec.reference is not None:
@@ -149,7 +150,7 @@ def _space(parameter: Parameter) -> str:
 def _section(section: Mapping[str, Any], *, prefix: str, skip: set[str]) -> str:
     """A section of the study file in one line, without what is searched."""
     parts = []
-    for key, each in section.items():
+    for key, each in sorted(section.items(), key=lambda item: item[0] != "name"):
         path = f"{prefix}.{key}"
         if path in skip or each is None or each == [] or each == {}:
             continue
@@ -177,11 +178,13 @@ def best_configuration(data: StudyData) -> Facts | None:
     titles = short_names(list(row.params))
     facts = [(f"{titles[path]}", (value(each),)) for path, each in row.params.items()]
     facts += [(title, (text,)) for title, text in _reached(data, row)]
-    return Facts(title=f"Best: trial {row.number}", facts=tuple(facts[: _SETTINGS + 8]))
+    return Facts(title=f"Best: trial {row.number}", facts=tuple(facts))
 
 
 def _reached(data: StudyData, row: TrialRow) -> list[tuple[str, str]]:
+    objectives = {REPEATED.get((each.metric, each.at)) for each in data.now.spec.objective}
     names = ["max_train_accuracy", "max_val_accuracy", "test_accuracy", "test_loss"]
+    names = [name for name in names if name not in objectives]
     found = [
         (metric_title(objective.metric), number(reached))
         for objective, reached in zip(data.now.spec.objective, row.values, strict=False)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from sweeper.report.wording import NOTHING
 from sweeper.store import Standing, TrialRow
 
 Tone = Literal["", "good", "bad", "best", "muted"]
@@ -37,10 +38,12 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """``text`` is what people read, ``value`` what is sorted by and written to CSV."""
+    """``text`` is what people read, ``value`` what is sorted by and written to CSV, with
+    ``deviation`` in a column of its own."""
 
     text: str
     value: float | str | None = None
+    deviation: float | None = None
     tone: Tone = ""
     hint: str = ""
 
@@ -49,7 +52,8 @@ class Cell:
 class Table:
     """Every row has one cell a column; the first column names the row.
 
-    ``name`` is a short identifier. ``open_rows`` are shown, further ones folded.
+    ``name`` is a short identifier. On a page ``open_rows`` are shown, further ones folded, and
+    none beyond ``most_rows``.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     open_rows: int = 20
+    most_rows: int = 1000
 
     @property
     def grouped(self) -> bool:
@@ -73,13 +78,35 @@ class Table:
 
 
 def table_csv(table: Table) -> str:
-    """One line of titles, then one a row, with values as precise as they were measured."""
+    """One line of titles, then one a row, with values as precise as they were measured.
+
+    A column of means is followed by one of standard deviations, where there is any.
+    """
+    spread = [
+        any(row[index].deviation is not None for row in table.rows)
+        for index in range(len(table.columns))
+    ]
+    titles: list[str] = []
+    for column, wide in zip(table.columns, spread, strict=True):
+        titles += [column.whole_title]
+        titles += [f"{column.whole_title}, standard deviation"] if wide else []
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([column.whole_title for column in table.columns])
+    writer.writerow(titles)
     for row in table.rows:
-        writer.writerow([cell.text if cell.value is None else cell.value for cell in row])
+        cells: list[Any] = []
+        for cell, wide in zip(row, spread, strict=True):
+            cells += [_precise(cell.text if cell.value is None else cell.value)]
+            cells += ["" if cell.deviation is None else _precise(cell.deviation)] if wide else []
+        writer.writerow(cells)
     return stream.getvalue()
+
+
+def _precise(value: float | str) -> float | str:
+    """A number without the noise of binary fractions; text as it is, a dash as nothing."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    return "" if value == NOTHING else value
 
 
 def table_markdown(table: Table) -> str:
@@ -149,6 +176,7 @@ _LATEX: Final = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
     "±": r"$\pm$",
     "−": "$-$",
     "–": "--",

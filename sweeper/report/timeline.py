@@ -10,13 +10,14 @@ from typing import Any, Final
 
 from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
-from sweeper.report.drawing import STATES, layout, numbers, plain
+from sweeper.report.drawing import LEGEND_ABOVE, STATES, layout, numbers, plain
 from sweeper.report.wording import duration, metric_title, number
 from sweeper.store import TrialRow
 
 _LANE_PX: Final = 34
 _LEAST_PX: Final = 150
 _MOST_PX: Final = 900
+_NAME_LENGTH: Final = 18
 _LEAST_BAR_S: Final = 0.002
 """Of the whole time, so that no attempt is invisible."""
 
@@ -29,8 +30,7 @@ def timeline(data: StudyData) -> Figure | None:
     starts = [row.started for row in rows if row.started is not None]
     ends = [row.ended for row in rows if row.ended is not None]
     start, end = min(starts), max([*ends, *starts])
-    workers = sorted({row.worker or "unknown" for row in rows})
-    lanes = {worker: f"worker {index}" for index, worker in enumerate(workers, start=1)}
+    lanes = _lanes(sorted({row.worker or "unknown" for row in rows}))
     whole_ms = max(1.0, (end - start).total_seconds() * 1000)
     traces = []
     for state in STATES:
@@ -42,19 +42,29 @@ def timeline(data: StudyData) -> Figure | None:
         barmode="overlay",
         bargap=0.25,
         showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=LEGEND_ABOVE,
     )
-    drawn["xaxis"] |= {"type": "date"}
+    drawn["xaxis"] |= {"type": "date", "tickangle": 0, "nticks": 6}
     drawn["yaxis"] |= {"type": "category", "autorange": "reversed", "title": {"text": ""}}
-    named = "; ".join(f"{lane} is {worker}" for worker, lane in lanes.items())
     return Figure(
         name="timeline",
         title="Timeline",
-        caption=f"One bar an attempt. {named}." if len(named) < 400 else "One bar an attempt.",
+        caption="One lane a worker, one bar an attempt.",
         spec={"data": traces, "layout": drawn},
         height_px=min(_MOST_PX, max(_LEAST_PX, 110 + _LANE_PX * len(lanes))),
         wide=True,
     )
+
+
+def _lanes(workers: list[str]) -> dict[str, str]:
+    """A label for each worker: its name, or the end of it, or a number where ends are alike."""
+    short = {
+        name: name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}"
+        for name in workers
+    }
+    if len(set(short.values())) < len(workers):
+        short = {name: f"worker {index}" for index, name in enumerate(workers, start=1)}
+    return {name: plain(label) for name, label in short.items()}
 
 
 def _bars(

@@ -29,6 +29,12 @@
     return changes;
   }
 
+  function dress(chart) {
+    const written = chart.data.flatMap((trace, index) => trace.texttemplate ? [index] : []);
+    if (written.length) Plotly.restyle(chart, { "textfont.color": colour("--text") }, written);
+    return Plotly.relayout(chart, theme(chart.layout));
+  }
+
   function draw(chart) {
     if (drawn.has(chart)) return;
     drawn.add(chart);
@@ -42,7 +48,7 @@
       Plotly.newPlot(chart, spec.data, spec.layout, config).then(() => {
         const group = chart.closest(".curves");
         if (group) settle(group, chart);
-        return Plotly.relayout(chart, theme(chart.layout));
+        return dress(chart);
       });
     } catch (error) {
       chart.classList.add("failed");
@@ -63,7 +69,7 @@
   }
   window.addEventListener("beforeprint", () => charts.forEach(draw));
   dark.addEventListener("change", () => drawn.forEach((chart) => {
-    if (chart.layout) Plotly.relayout(chart, theme(chart.layout));
+    if (chart.layout) dress(chart);
   }));
 
   // One legend for the figures of a group: lines are hidden, axes switched, in all of them.
@@ -72,8 +78,8 @@
       (button) => button.dataset.line));
     const visible = chart.data.map((trace) => !hidden.has(trace.legendgroup));
     Plotly.restyle(chart, { visible: visible });
-    const pressed = (axis) => group.querySelector(`[data-axis=${axis}]`).ariaPressed === "true"
-      || group.querySelector(`[data-axis=${axis}]`).getAttribute("aria-pressed") === "true";
+    const pressed = (axis) =>
+      group.querySelector(`[data-axis=${axis}]`).getAttribute("aria-pressed") === "true";
     const changes = { "xaxis.type": pressed("x") ? "log" : "linear" };
     if (chart.id.endsWith("-loss")) changes["yaxis.type"] = pressed("y") ? "log" : "linear";
     Plotly.relayout(chart, changes);
