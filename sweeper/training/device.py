@@ -97,7 +97,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
     That makes convolutions repeatable at little cost. What stays open on CUDA is the backward
     pass of fused attention and the pooling kernels that add atomically: there the last bits may
-    differ from run to run. On a CPU the same seed gives the same numbers bit for bit.
+    differ from run to run. A CPU repeats bit for bit with the same number of threads.
     """
     if device.type != "cuda":
         yield

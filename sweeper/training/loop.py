@@ -35,8 +35,8 @@ class NetworkTraining(Training):
     """A torch model, trained epoch by epoch.
 
     Data order, dropout, augmentation and initial weights come from ``train.seed``. On a CPU the
-    same configuration gives the same numbers bit for bit; on CUDA as far as
-    :func:`sweeper.training.device.repeatable` says.
+    same configuration with the same number of threads gives the same numbers bit for bit; on CUDA
+    as far as :func:`sweeper.training.device.repeatable` says.
     """
 
     def __init__(
