@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ def test_the_example_study_is_valid(sweeper: Sweeper) -> None:
     file = sweeper.folder / "example.yaml"
     file.write_text(example[1])
     sweeper.run("validate", file)
+
+
+def test_the_reference_of_study_files_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/write-docs"), "--check"],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_test_command_calls_the_one_door() -> None:
