@@ -249,28 +249,36 @@ class Reference(Section):
 class Resources(Section):
     """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU.
 
-    ``gpus_per_worker`` may be a fraction. ``cohort`` is the most trials that a worker trains at
-    once.
+    ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker trains at once:
+    one, whichever is written, until trials can be fused into a batch.
     """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_worker: float = Field(default=1, ge=0)
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    cohort: Literal["auto", 1] = "auto"
 
 
 class Faults(Section):
     """What happens when something breaks.
 
-    A trial whose worker is lost goes back to the queue up to ``retries`` times. A worker beats
-    every ``heartbeat_s``; after ``lost_after_s`` without one it counts as lost. ``on_divergence``:
-    a trial whose loss is no longer finite counts as ``pruned`` (a bad result the sampler learns
-    from) or as ``failed``.
+    A trial whose worker is lost goes back to the queue up to ``retries`` times, one that crashed up
+    to ``crash_retries`` times. ``on_out_of_memory``: ``retry`` tries once more, as it is, in the
+    hope of a freer device. A worker beats every ``heartbeat_s``; after ``lost_after_s`` without
+    one it counts as lost. ``on_divergence``: a trial whose loss is no longer finite counts as
+    ``pruned`` (a bad result the sampler learns from) or as ``failed``. A checkpoint is written
+    after every ``checkpoint_every`` epochs (0: never), at most every ``checkpoint_s`` seconds. A
+    worker that is told to end finishes its epoch if that takes less than ``grace_s``.
     """
 
     retries: int = Field(default=3, ge=0)
     heartbeat_s: int = Field(default=10, ge=1)
     lost_after_s: int = Field(default=60, ge=2)
     on_divergence: Literal["pruned", "failed"] = "pruned"
+    on_out_of_memory: Literal["retry", "fail"] = "retry"
+    crash_retries: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=1, ge=0)
+    checkpoint_s: float = Field(default=10, ge=0)
+    grace_s: float = Field(default=30, ge=0)
 
 
 StudyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
