@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from sweeper import checkpoints
 from sweeper.errors import (
     OutOfReachError,
     StudyChangedError,
@@ -107,6 +108,10 @@ class Sweep:
     _buried: set[str] = field(default_factory=set)
     _quick: int = 0
     _looked: float = 0.0
+    _lookout: queue.Lookout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lookout = queue.Lookout(self.study.spec.faults)
 
     @property
     def job(self) -> Job:
@@ -141,10 +146,12 @@ class Sweep:
         lost_after_s = self.study.spec.faults.lost_after_s
         if time.monotonic() - self._looked > min(10.0, lost_after_s / 3):
             self._looked = time.monotonic()
-            queue.reap(self.store, self.study.id, lost_after_s=lost_after_s)
+            self._lookout.reap(self.store, self.study.id)
+        now = standing(self.store, self.study)
+        if now.due:
             with self.store.exclusively():
                 queue.reconcile(self.store, self.study.id, self.study.spec)
-        now = standing(self.store, self.study)
+            now = standing(self.store, self.study)
         _stop_if_all_alike(now)
         if not self.stopping and not now.over:
             work = now.budget - now.ended
@@ -178,6 +185,10 @@ class Sweep:
                 f"start, the last with exit code {process.exit_code}. The end of its log "
                 f"({process.log}):\n{said}"
             )
+
+    def clean_up(self) -> None:
+        """Remove the checkpoints that the trials of a study that is over left behind."""
+        checkpoints.remove_study(self.settings.checkpoints, self.study.identity)
 
     def stop(self, *, now: bool = False) -> None:
         """End the workers: after their epoch, or at once. Their trials go back to the queue."""

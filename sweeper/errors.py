@@ -11,6 +11,7 @@
     │   └── MissingExtraError       2   an optional package is not installed
     ├── OutOfReachError             3   a server does not answer
     │   ├── StoreUnreachableError   3
+    │   │   └── StoreRefusedError   3   waiting does not mend it: disk full, read-only
     │   └── TrackerUnreachableError 3
     ├── TrackerRefusedError         1   MLflow does not accept what was sent
     ├── WorkersFailedError          1   workers die as fast as they are started
@@ -94,6 +95,10 @@ class OutOfReachError(SweeperError):
 
 class StoreUnreachableError(OutOfReachError):
     """The store does not answer."""
+
+
+class StoreRefusedError(StoreUnreachableError):
+    """The store takes nothing, and waiting does not mend that."""
 
 
 class TrackerUnreachableError(OutOfReachError):

@@ -6,6 +6,7 @@ The order is: flag, then environment, then default. Nobody else builds or parses
 ``SWEEPER_HOME``      folder of the embedded databases, artifacts, spool and logs (``.sweeper``)
 ``SWEEPER_STORE``     SQLAlchemy URL of the Optuna database (SQLite in the home folder)
 ``SWEEPER_DATA``      folder of the data sets (``~/.cache/sweeper/data``)
+``SWEEPER_CHECKPOINTS`` folder or fsspec URL of the checkpoints (``checkpoints`` in the home folder)
 ``SWEEPER_WORKER``    name of this worker (host and process id)
 ``MLFLOW_TRACKING_URI`` MLflow server (one is started on 127.0.0.1)
 ===================== =========================================================================
@@ -30,6 +31,7 @@ STATE_TAG: Final = "sweeper.state"
 ATTEMPT_TAG: Final = "sweeper.attempt"
 WORKER_TAG: Final = "sweeper.worker"
 OUTCOME_TAG: Final = "sweeper.outcome"
+RESUMED_TAG: Final = "sweeper.resumed"
 STARTED_TAG: Final = "sweeper.started"
 NONFINITE_TAG: Final = "sweeper.nonfinite"
 COMMIT_TAG: Final = "mlflow.source.git.commit"
@@ -43,12 +45,16 @@ ROLE_STUDY: Final = "study"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The resolved settings of one process. All paths are absolute."""
+    """The resolved settings of one process. All paths are absolute.
+
+    ``checkpoints`` is a folder, or an fsspec URL such as ``s3://bucket/folder``.
+    """
 
     home: Path
     data: Path
     store_url: str
     tracking_uri: str | None
+    checkpoints: str
 
     @classmethod
     def resolve(
@@ -67,6 +73,7 @@ class Settings:
             data=Path(data).expanduser().absolute(),
             store_url=store or env.get("SWEEPER_STORE") or sqlite_url(home_path / "optuna.db"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
+            checkpoints=_place(env.get("SWEEPER_CHECKPOINTS") or home_path / "checkpoints"),
         )
 
     @property
@@ -77,10 +84,6 @@ class Settings:
     @property
     def artifacts(self) -> Path:
         return self.home / "artifacts"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.home / "checkpoints"
 
     @property
     def spool(self) -> Path:
@@ -109,10 +112,17 @@ class Settings:
             "SWEEPER_HOME": str(self.home),
             "SWEEPER_DATA": str(self.data),
             "SWEEPER_STORE": self.store_url,
+            "SWEEPER_CHECKPOINTS": self.checkpoints,
         }
         if self.tracking_uri:
             variables["MLFLOW_TRACKING_URI"] = self.tracking_uri
         return variables
+
+
+def _place(where: str | Path) -> str:
+    """An fsspec URL as it is, a folder as an absolute path."""
+    text = str(where).removeprefix("file://")
+    return text if "://" in text else str(Path(text).expanduser().absolute())
 
 
 def sqlite_url(file: Path) -> str:

@@ -162,7 +162,86 @@ def test_a_signal_puts_the_trial_back_after_its_epoch(bench: Callable[..., Bench
     found.worker.run()
     row = found.now.rows[0]
     assert (row.state, row.attempt) == ("complete", 2)
-    assert sorted(found.tracker.runs["small/0"].metrics["val_loss"]) == [2, 3]
+    run = found.tracker.runs["small/0"]
+    assert sorted(run.metrics["val_loss"]) == [1, 2, 3]  # the first again, from the checkpoint
+    assert run.tags["sweeper.resumed"] == "attempt 2 after epoch 1"
+
+
+HARD = {
+    "data": {"name": "digits", "limit": 300, "augment": [{"name": "crop", "padding": 1}]},
+    "model": {"name": "mlp", "width": 16, "layers": 2, "dropout": 0.2, "norm": "batch"},
+    "optimizer": {"name": "nesterov", "schedule": {"name": "cosine"}},
+    "train": {"epochs": 6, "batch_size": 50, "precision": "float32"},
+    "search": {"trials": 1, "sampler": "random"},
+}
+TIMES = {"seconds", "val_seconds", "samples_per_s", "peak_memory_mib"}
+
+
+def numbers(found: Bench) -> tuple[object, ...]:
+    """All that a trial gave, but for times and memory."""
+    from sweeper.measurement import SUMMARY_METRICS
+
+    times = TIMES | {name for name, (metric, _) in SUMMARY_METRICS.items() if metric in TIMES}
+    run = found.tracker.runs["small/0"]
+    row = next(row for row in found.now.rows if row.state == "complete")
+    epochs = {
+        name: {step: value for step, (value, _) in series.items()}
+        for name, series in run.metrics.items()
+        if name not in times
+    }
+    metrics = {name: value for name, value in row.metrics.items() if name not in times}
+    return row.values, dict(row.history), metrics, epochs, run.files
+
+
+@pytest.mark.parametrize("ended_by", ["signal", "grace", "loss"])
+def test_a_broken_trial_gives_the_numbers_of_one_never_broken(
+    tmp_path: Path, ended_by: str
+) -> None:
+    whole = Bench(tmp_path / "whole", **HARD)
+    whole.worker.run()
+
+    faults = {"checkpoint_s": 0, "grace_s": 0 if ended_by == "grace" else 30}
+    broken = Bench(tmp_path / "broken", **HARD, faults=faults)
+    original = broken.tracker.log
+
+    def log(key: str, metrics: dict[str, float], step: int, timestamp_ms: int) -> None:
+        original(key, metrics, step, timestamp_ms)
+        if step != 4:
+            return
+        if ended_by == "loss":
+            assert queue.lose_trials_of(broken.store, broken.study.id, "me")
+            broken.tracker.log = original  # type: ignore[method-assign]
+        elif ended_by == "signal":
+            broken.signals.stop()
+
+    broken.tracker.log = log  # type: ignore[method-assign]
+    if ended_by == "grace":  # in the middle of the fifth epoch, which is then repeated
+        from sweeper.training.inputs import Order
+
+        batches, epochs = Order.batches, iter(range(1, 100))
+
+        def stopping(order: Order) -> object:
+            if next(epochs) == 5:
+                broken.signals.stop()
+            return batches(order)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Order, "batches", stopping)
+            broken.worker.run()
+    else:
+        broken.worker.run()
+    if ended_by != "loss":
+        assert broken.now.rows[0].state == "waiting"
+        assert list((tmp_path / "broken/checkpoints").rglob("*.ckpt"))
+        broken.signals.count = 0
+        broken.tracker.log = original  # type: ignore[method-assign]
+        broken.worker.run()
+
+    run = broken.tracker.runs["small/0"]
+    assert "after epoch" in run.tags["sweeper.resumed"]
+    assert sorted(run.metrics["val_loss"]) == [1, 2, 3, 4, 5, 6]
+    assert numbers(broken) == numbers(whole)
+    assert not list((tmp_path / "broken/checkpoints").rglob("*.ckpt"))
 
 
 def test_a_cancelled_study_ends_trials_at_the_next_epoch(bench: Callable[..., Bench]) -> None:

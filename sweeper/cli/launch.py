@@ -159,6 +159,8 @@ def _run(
         if interrupts.count:
             _say_interrupted(spec, standing(opened, prepared.study))
             raise typer.Exit(130)
+        if standing(opened, prepared.study).over:
+            sweep.clean_up()
         report = _publish(opened, prepared.study, settings, service)
         experiment_id = service.experiment_id(spec.name)
     now = standing(opened, prepared.study)

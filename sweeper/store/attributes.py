@@ -23,7 +23,7 @@ REFERENCE: Final = "sweeper.reference"
 ATTEMPT: Final = "sweeper.attempt"
 RETRY_OF: Final = "sweeper.retry_of"
 ORIGIN: Final = "sweeper.origin"
-LOGGED: Final = "sweeper.logged_epochs"
+FAILURES: Final = "sweeper.failures"
 
 # of a trial, written by the worker that has it
 WORKER: Final = "sweeper.worker"
@@ -50,10 +50,6 @@ class Outcome(StrEnum):
     LOST = "lost"
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
-
-
-RETRIED: Final = frozenset({Outcome.LOST})
-"""Outcomes after which a trial goes back to the queue, up to ``faults.retries`` times."""
 
 
 class Control(StrEnum):

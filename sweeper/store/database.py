@@ -10,6 +10,7 @@ Optuna's own tables, Optuna's own storage. What is added is care (design decisio
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import time
 import warnings
@@ -26,7 +27,12 @@ from optuna.storages._cached_storage import _CachedStorage
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
 
-from sweeper.errors import MissingExtraError, StoreUnreachableError, UsageError
+from sweeper.errors import (
+    MissingExtraError,
+    StoreRefusedError,
+    StoreUnreachableError,
+    UsageError,
+)
 from sweeper.settings import masked
 
 _BUSY_TIMEOUT_S: Final = 60
@@ -77,7 +83,7 @@ class Store:
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
         """Hold the store's one lock: what a controller reads in here nobody enqueues against."""
-        with _server_lock(self.url, self.backend.engine), reaching(self.url):
+        with reaching(self.url), _server_lock(self.url, self.backend.engine):
             yield
 
 
@@ -194,6 +200,14 @@ def reaching(address: URL | str) -> Iterator[None]:
     except (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError, OSError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [""]
-        raise StoreUnreachableError(
-            f"the store must answer, but {masked(str(address))} said: {reason[0]}"
-        ) from error
+        where = masked(address.render_as_string()) if isinstance(address, URL) else address
+        kind = StoreRefusedError if _is_final(error, reason[0]) else StoreUnreachableError
+        raise kind(f"the store must answer, but {where} said: {reason[0]}") from error
+
+
+def _is_final(error: Exception, reason: str) -> bool:
+    """Whether waiting does not mend it: a full disk, a read-only or damaged file."""
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES}:
+        return True
+    words = ("readonly", "read-only", "is full", "malformed", "not a database", "disk i/o error")
+    return any(word in reason.lower() for word in (*words, "unable to open"))

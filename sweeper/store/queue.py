@@ -20,8 +20,10 @@ a worker that comes back from the dead finds its trial finished and cannot write
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,13 +38,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 
 from sweeper.config import TrialConfig
-from sweeper.errors import TrialLostError
+from sweeper.errors import StoreUnreachableError, TrialLostError
 from sweeper.space import contains, grid
 from sweeper.store import attributes as attr
 from sweeper.store import sampling
 from sweeper.store.attributes import Outcome
 from sweeper.store.database import Store, reaching
-from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
+from sweeper.study.spec import Faults, Grid, ReferenceOnly, StudySpec
 
 _AHEAD: Final = 16
 _PRUNER_SLACK_S: Final = 1.0
@@ -70,7 +72,12 @@ class Claim:
     number: int
     origin: int
     attempt: int
-    logged_epochs: int
+    worker: str
+    failed: Mapping[str, int] = field(default_factory=dict)
+
+    def failures(self, outcome: Outcome) -> int:
+        """How often the attempts before this one ended so."""
+        return self.failed.get(str(outcome), 0)
 
 
 def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
@@ -181,7 +188,8 @@ def claim(store: Store, study_id: int, worker: str) -> Claim | None:
                         number=trial.number,
                         origin=known.get(attr.ORIGIN, trial.number),
                         attempt=known.get(attr.ATTEMPT, 1),
-                        logged_epochs=max(known.get(attr.LOGGED, 0), trial.last_step or 0),
+                        worker=worker,
+                        failed=known.get(attr.FAILURES, {}),
                     )
     return None
 
@@ -200,14 +208,15 @@ def _waiting_ids(store: Store, study_id: int) -> list[int]:
 
 def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str, Any]:
     """The trial's parameters by dotted path: fixed ones as they are, the others drawn now."""
-    study.get_trials(deepcopy=False)  # Optuna's cache must know the trial before it is drawn
-    frozen = study._storage.get_trial(claimed.trial_id)
-    if frozen.user_attrs.get(attr.FIXED) or frozen.user_attrs.get(attr.DRAWN):
-        return values(spec, frozen)
-    study.sampler = sampling.sampler(spec, claimed.origin)
-    drawn = sampling.draw(spec, optuna.Trial(study, claimed.trial_id))
-    study._storage.set_trial_user_attr(claimed.trial_id, attr.DRAWN, True)
-    return drawn
+    with reaching("the database"), _owned():
+        study.get_trials(deepcopy=False)  # Optuna's cache must know the trial before it is drawn
+        frozen = study._storage.get_trial(claimed.trial_id)
+        if frozen.user_attrs.get(attr.FIXED) or frozen.user_attrs.get(attr.DRAWN):
+            return values(spec, frozen)
+        study.sampler = sampling.sampler(spec, claimed.origin)
+        drawn = sampling.draw(spec, optuna.Trial(study, claimed.trial_id))
+        study._storage.set_trial_user_attr(claimed.trial_id, attr.DRAWN, True)
+        return drawn
 
 
 def values(spec: StudySpec, trial: FrozenTrial) -> dict[str, Any]:
@@ -223,9 +232,12 @@ def values(spec: StudySpec, trial: FrozenTrial) -> dict[str, Any]:
 def put_back(store: Store, claimed: Claim) -> None:
     """Give a trial back unfinished: the next worker that is free takes it.
 
-    Raises TrialLostError where it was taken away meanwhile.
+    May be called again where nobody knows whether the call before arrived. Raises TrialLostError
+    where the trial was taken away meanwhile.
     """
     with reaching(store.url), _owned():
+        if not _is_mine(store.storage.get_trial(claimed.trial_id), claimed):
+            raise TrialLostError
         store.storage.set_trial_user_attr(claimed.trial_id, attr.ATTEMPT, claimed.attempt + 1)
         store.storage.set_trial_state_values(claimed.trial_id, TrialState.WAITING)
 
@@ -239,15 +251,28 @@ def report(store: Store, claimed: Claim, epoch: int, value: float) -> None:
         store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
 
 
-def should_prune(store: Store, study: optuna.Study, claimed: Claim) -> bool:
-    """Whether the study's pruner would end the trial where it is.
+def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) -> None:
+    """Store the values of earlier epochs (epoch → value) that the trial does not have yet."""
+    with reaching(store.url), _owned():
+        known = store.storage.get_trial(claimed.trial_id).intermediate_values
+        for epoch in sorted(series.keys() - known.keys()):
+            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, series[epoch])
 
-    It compares with the other trials as they were up to a second ago.
+
+def should_prune(store: Store, study: optuna.Study, claimed: Claim, epoch: int) -> bool:
+    """Whether the study's pruner would end the trial after ``epoch``.
+
+    It compares with the other trials as they were up to a second ago. What an earlier attempt
+    reported of later epochs does not count.
     """
     if isinstance(study.pruner, optuna.pruners.NopPruner) or len(study.directions) > 1:
         return False
     with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
-        return bool(study.pruner.prune(study, store.storage.get_trial(claimed.trial_id)))
+        frozen = copy.copy(store.storage.get_trial(claimed.trial_id))
+        frozen.intermediate_values = {
+            step: value for step, value in frozen.intermediate_values.items() if step <= epoch
+        }
+        return bool(study.pruner.prune(study, frozen))
 
 
 def note(store: Store, claimed: Claim, facts: Mapping[str, Any]) -> None:
@@ -270,21 +295,34 @@ def finish(
     """End a trial: its facts first, its state last, so that a finished trial is a whole one.
 
     ``values`` are the objectives of a completed trial. ``ends_as`` is the state of a trial that
-    neither completed nor was pruned: ``failed`` unless something else is said.
+    neither completed nor was pruned: ``failed`` unless something else is said. May be called again
+    where nobody knows whether the call before arrived.
 
     Raises TrialLostError where the store has given it to another worker.
     """
     ends_as = ends_as or _ENDS_AS.get(outcome, "failed")
     with reaching(store.url), _owned():
+        frozen = store.backend.get_trial(claimed.trial_id)
+        if frozen.state is _STATES[ends_as] and _ended_so(frozen, claimed, outcome):
+            return
+        if not _is_mine(frozen, claimed):
+            raise TrialLostError
         for name, value in {**(facts or {}), attr.OUTCOME: str(outcome)}.items():
             if isinstance(value, str):
                 value = value[-_ERROR_CHARACTERS:]
             store.storage.set_trial_user_attr(claimed.trial_id, name, value)
-        frozen = store.storage.get_trial(claimed.trial_id)
-        if frozen.state is not TrialState.RUNNING:
-            raise TrialLostError
         told = list(values) if ends_as == "complete" else None
         study.tell(frozen.number, told, state=_STATES[ends_as])
+
+
+def _is_mine(frozen: FrozenTrial, claimed: Claim) -> bool:
+    owner = frozen.user_attrs.get(attr.WORKER, claimed.worker)
+    return frozen.state is TrialState.RUNNING and owner == claimed.worker
+
+
+def _ended_so(frozen: FrozenTrial, claimed: Claim, outcome: Outcome) -> bool:
+    known = frozen.user_attrs
+    return known.get(attr.OUTCOME) == str(outcome) and known.get(attr.WORKER) == claimed.worker
 
 
 State = Literal["complete", "pruned", "failed"]
@@ -332,32 +370,69 @@ def beat(store: Store, claimed: Claim) -> None:
 def reap(store: Store, study_id: int, *, lost_after_s: float) -> list[int]:
     """End every running trial whose worker has been silent too long; their numbers."""
     lost = []
-    for trial_id in _silent_ids(store, study_id, lost_after_s):
-        if _lose(store, trial_id):
-            lost.append(store.storage.get_trial(trial_id).number)
+    with reaching(store.url):
+        for trial_id in _silent_ids(store, study_id, lost_after_s):
+            if _lose(store, trial_id):
+                lost.append(store.storage.get_trial(trial_id).number)
     return lost
+
+
+class Lookout:
+    """Looks for silent workers, but not before it has heard the others for a while itself.
+
+    After an outage of the store, or of this process, everybody has been silent. So nobody counts as
+    lost until this process has reached the store for two heartbeats without a break.
+    """
+
+    def __init__(self, faults: Faults) -> None:
+        self._lost_after_s = faults.lost_after_s
+        self._settle_s = 2.0 * faults.heartbeat_s + 1.0
+        self._since: float | None = None
+        self._last = 0.0
+
+    def reap(self, store: Store, study_id: int) -> list[int]:
+        """As :func:`reap`, once there is reason to believe what is seen."""
+        began = time.time()
+        if began - self._last > self._lost_after_s / 2:
+            self._since = None
+        try:
+            with reaching(store.url):
+                _silent_ids(store, study_id, self._lost_after_s)
+        except StoreUnreachableError:
+            self._since = None
+            raise
+        self._last = time.time()
+        if self._since is None or self._last - began > self._settle_s:
+            self._since = self._last
+        if self._last - self._since < self._settle_s:
+            return []
+        return reap(store, study_id, lost_after_s=self._lost_after_s)
 
 
 def lose_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
     """End the running trials of a worker that is known to be dead; their numbers."""
-    running = store.storage.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-    return [
-        trial.number
-        for trial in running
-        if trial.user_attrs.get(attr.WORKER) == worker and _lose(store, trial._trial_id)
-    ]
+    with reaching(store.url):
+        running = store.storage.get_all_trials(
+            study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        )
+        return [
+            trial.number
+            for trial in running
+            if trial.user_attrs.get(attr.WORKER) == worker and _lose(store, trial._trial_id)
+        ]
 
 
 def return_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
     """Put the running trials of a worker that was ended on purpose back; their numbers."""
     returned = []
-    for trial in store.storage.get_all_trials(
-        study_id, deepcopy=False, states=(TrialState.RUNNING,)
-    ):
-        if trial.user_attrs.get(attr.WORKER) == worker:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-                returned.append(trial.number)
+    with reaching(store.url):
+        for trial in store.storage.get_all_trials(
+            study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        ):
+            if trial.user_attrs.get(attr.WORKER) == worker:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+                    returned.append(trial.number)
     return returned
 
 
@@ -401,31 +476,50 @@ def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def reconcile(store: Store, study_id: int, spec: StudySpec) -> list[int]:
-    """Put a new trial in the place of every lost one that may be tried again; their numbers.
+    """Put a new trial in the place of every one that is to be tried again; their numbers.
 
     Ending a trial and enqueueing its successor are two commits, and a crash may come between
     them. So nothing relies on the moment: whoever calls this next finds what is missing. Call it
     under :meth:`Store.exclusively`, which keeps two controllers from adding two successors.
     """
-    trials = store.storage.get_all_trials(study_id, deepcopy=False)
-    due = [
+    with reaching(store.url):
+        found = due(spec, store.storage.get_all_trials(study_id, deepcopy=False))
+        for trial in found:
+            store.storage.create_new_trial(study_id, _successor(trial))
+    return [trial.number for trial in found]
+
+
+def tries(spec: StudySpec, outcome: Outcome | str | None) -> int:
+    """How often a trial that ended so is tried again (design decision 9)."""
+    match outcome:
+        case Outcome.LOST:
+            return spec.faults.retries
+        case Outcome.OUT_OF_MEMORY:
+            return int(spec.faults.on_out_of_memory == "retry")
+        case Outcome.CRASHED:
+            return spec.faults.crash_retries
+    return 0
+
+
+def due(spec: StudySpec, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that ended and are to be tried again, and have no successor yet."""
+    return [
         trial
         for trial in current(trials)
         if trial.state is TrialState.FAIL
-        and trial.user_attrs.get(attr.OUTCOME) in RETRIED_NAMES
-        and trial.user_attrs.get(attr.ATTEMPT, 1) <= spec.faults.retries
+        and _failures(trial) < tries(spec, trial.user_attrs.get(attr.OUTCOME))
     ]
-    for trial in due:
-        store.storage.create_new_trial(study_id, _successor(trial))
-    return [trial.number for trial in due]
 
 
-RETRIED_NAMES: Final = frozenset(str(outcome) for outcome in attr.RETRIED)
+def _failures(trial: FrozenTrial) -> int:
+    """How often attempts before this one ended in the same way."""
+    return int(trial.user_attrs.get(attr.FAILURES, {}).get(trial.user_attrs.get(attr.OUTCOME), 0))
 
 
 def _successor(trial: FrozenTrial) -> FrozenTrial:
     kept = (attr.TICKET, attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID)
     known = trial.user_attrs
+    failed = {**known.get(attr.FAILURES, {}), known.get(attr.OUTCOME): _failures(trial) + 1}
     return create_trial(
         state=TrialState.WAITING,
         params=trial.params,
@@ -435,7 +529,7 @@ def _successor(trial: FrozenTrial) -> FrozenTrial:
             attr.ATTEMPT: known.get(attr.ATTEMPT, 1) + 1,
             attr.RETRY_OF: trial.number,
             attr.ORIGIN: known.get(attr.ORIGIN, trial.number),
-            attr.LOGGED: max(known.get(attr.LOGGED, 0), trial.last_step or 0),
+            attr.FAILURES: failed,
         },
     )
 
@@ -445,10 +539,12 @@ def retry(store: Store, study_id: int) -> list[int]:
 
     What ``sweeper retry`` does. Call it under :meth:`Store.exclusively`.
     """
-    trials = store.storage.get_all_trials(study_id, deepcopy=False)
-    failed = [trial for trial in current(trials) if trial.state is TrialState.FAIL]
-    for trial in failed:
-        successor = _successor(trial)
-        successor.set_user_attr(attr.ATTEMPT, 1)
-        store.storage.create_new_trial(study_id, successor)
+    with reaching(store.url):
+        trials = store.storage.get_all_trials(study_id, deepcopy=False)
+        failed = [trial for trial in current(trials) if trial.state is TrialState.FAIL]
+        for trial in failed:
+            successor = _successor(trial)
+            successor.set_user_attr(attr.ATTEMPT, 1)
+            successor.set_user_attr(attr.FAILURES, {})
+            store.storage.create_new_trial(study_id, successor)
     return [trial.number for trial in failed]

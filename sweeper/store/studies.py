@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 
@@ -31,6 +32,13 @@ class StoredStudy:
     @property
     def name(self) -> str:
         return str(self.study.study_name)
+
+    @property
+    def identity(self) -> str:
+        """A name that no other study has, not even a later one of the same name. Asks the store."""
+        created = self.study.user_attrs.get(attr.CREATED, self.id)
+        digest = hashlib.sha256(f"{self.name} {created!r}".encode()).hexdigest()
+        return f"{self.name}-{digest[:8]}"
 
 
 def names(store: Store) -> list[str]:

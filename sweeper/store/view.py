@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.store import attributes as attr
 from sweeper.store.database import Store, reaching
-from sweeper.store.queue import superseded, values
+from sweeper.store.queue import due, superseded, values
 from sweeper.store.studies import StoredStudy
 from sweeper.study.spec import Objective, StudySpec
 
@@ -32,7 +32,8 @@ _STATE = {
 class TrialRow:
     """One trial.
 
-    ``state`` is one of :data:`STATES`, or ``retried`` for a trial that another one replaced.
+    ``state`` is one of :data:`STATES`, or ``retried`` for a trial that another one replaced; one
+    that ended and is about to be tried again is ``waiting``.
     ``values`` are the objectives of a finished trial, ``epoch`` and ``last_value`` what a running
     one reported last. ``seconds`` of wall time count from the claim.
     """
@@ -102,6 +103,11 @@ class Standing:
         return self.ended == self.budget
 
     @property
+    def due(self) -> list[TrialRow]:
+        """Trials that ended, are to be tried again, and have no successor yet."""
+        return [row for row in self.rows if row.state == "waiting" and row.ended is not None]
+
+    @property
     def best(self) -> TrialRow | None:
         """The completed trial with the best first objective; the earlier of equals."""
         return next(iter(self.leaderboard), None)
@@ -123,11 +129,13 @@ def standing(store: Store, study: StoredStudy) -> Standing:
 
 def rows(spec: StudySpec, trials: Sequence[FrozenTrial]) -> tuple[TrialRow, ...]:
     """One row a trial."""
-    replaced = superseded(trials)
-    return tuple(_row(spec, trial, retried=trial.number in replaced) for trial in trials)
+    states = {trial.number: _STATE[trial.state] for trial in trials}
+    states |= dict.fromkeys(superseded(trials), "retried")
+    states |= {trial.number: "waiting" for trial in due(spec, trials)}
+    return tuple(_row(spec, trial, states[trial.number]) for trial in trials)
 
 
-def _row(spec: StudySpec, trial: FrozenTrial, *, retried: bool) -> TrialRow:
+def _row(spec: StudySpec, trial: FrozenTrial, state: str) -> TrialRow:
     known = trial.user_attrs
     began, over = trial.datetime_start, trial.datetime_complete
     seconds = known.get(attr.SECONDS)
@@ -135,7 +143,7 @@ def _row(spec: StudySpec, trial: FrozenTrial, *, retried: bool) -> TrialRow:
         seconds = (over - began).total_seconds()
     return TrialRow(
         number=trial.number,
-        state="retried" if retried else _STATE[trial.state],
+        state=state,
         params=values(spec, trial),
         metrics=known.get(attr.METRICS, {}),
         values=tuple(trial.values or ()),

@@ -1,0 +1,11 @@
+"""A worker: claim a trial, train it, report every epoch, finish it; then the next.
+
+``loop`` claims, ``attempt`` takes one trial to its end, ``heart`` beats for it, ``reports`` tells
+the store of its epochs, ``signals`` and ``patience`` are about ending early and holding out.
+"""
+
+from sweeper.worker.attempt import flattened
+from sweeper.worker.loop import Worker, run_ids_into
+from sweeper.worker.signals import Signals
+
+__all__ = ["Signals", "Worker", "flattened", "run_ids_into"]

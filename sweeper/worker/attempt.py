@@ -1,0 +1,371 @@
+"""One claimed trial on its way through training, store and tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sweeper import checkpoints
+from sweeper import settings as names
+from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints
+from sweeper.config import TrialConfig
+from sweeper.errors import StoreUnreachableError, TrialLostError
+from sweeper.measurement import EPOCH_METRICS, Measurement, summary
+from sweeper.provenance import environment_tags
+from sweeper.store import Control, Outcome, StoredStudy, queue, standing
+from sweeper.store import attributes as attr
+from sweeper.store.view import best_of, better
+from sweeper.tracking import RunStart
+from sweeper.worker.patience import GIVE_UP_S, patiently
+from sweeper.worker.reports import Reports
+
+if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
+    from sweeper.training import Training
+    from sweeper.worker.loop import Worker
+
+_log = logging.getLogger(__name__)
+_RESERVE_S: Final = 5.0
+"""So much of the grace after a signal is kept for the checkpoint and for giving the trial back."""
+_STATE_TAGS: Final = {
+    Outcome.COMPLETED: "complete",
+    Outcome.PRUNED: "pruned",
+    Outcome.DIVERGED: "pruned",
+    Outcome.PREEMPTED: "waiting",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One claimed trial on its way through training, store and tracker."""
+
+    worker: Worker
+    study: StoredStudy
+    claimed: queue.Claim
+    epochs: list[Epoch] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+    spent_s: float = 0.0
+    tracked: bool = False
+    reports: Reports | None = None
+    checkpoints: TrialCheckpoints | None = None
+
+    @property
+    def key(self) -> str:
+        """A retried trial goes on in the run of the trial it replaces."""
+        return names.run_key(self.study.name, self.claimed.origin)
+
+    def run(self) -> None:
+        from sweeper.training import Interrupted, prepare
+
+        spec, worker = self.study.spec, self.worker
+        values = self._patiently(
+            lambda: queue.values_of(spec, self.study.study, self.claimed), "read the trial"
+        )
+        config = spec.trial_config(values)
+        self._start_run(config)
+        first = spec.objective[0]
+        by = (
+            (first.metric, first.maximize)
+            if first.metric.startswith("val_")
+            else ("val_accuracy", True)
+        )
+        training = prepare(
+            config,
+            folder=worker.settings.data,
+            dataset=worker.dataset_for(config),
+            objective=by,
+        )
+        worker.keep(config, training.dataset)
+        self._describe(training)
+        self.checkpoints = self._checkpoints(checkpoints.digest(config, by))
+        if found := self.checkpoints.latest():
+            self._go_on(training, found)
+        self.reports = Reports(worker.store, self.study, self.claimed)
+        try:
+            end = self._epochs(training)
+        except Interrupted:
+            if self.reports.lost:
+                raise TrialLostError from None
+            end = None
+        if end is None:
+            self.give_back()
+            return
+        outcome, final = end
+        if outcome is Outcome.COMPLETED:
+            final = training.test()
+            self._save_weights(training)
+        self._finish(outcome, final)
+
+    def close(self) -> None:
+        """End what works in the background for this attempt."""
+        if self.reports is not None:
+            self.reports.close()
+
+    def _checkpoints(self, digest: str) -> TrialCheckpoints:
+        faults = self.study.spec.faults
+        return TrialCheckpoints(
+            self.worker.settings.checkpoints,
+            self._patiently(lambda: self.study.identity, "read the study"),
+            self.claimed.origin,
+            digest=digest,
+            every=faults.checkpoint_every,
+            at_most_s=faults.checkpoint_s,
+        )
+
+    def _go_on(self, training: Training, found: Checkpoint) -> None:
+        """Continue after the last epoch of a checkpoint; store and tracker get what they lack."""
+        training.load_state_dict(found.training)
+        self.epochs = list(found.epochs)
+        self.spent_s = found.seconds
+        last = self.epochs[-1].measurement.epoch
+        _log.info("trial %d goes on after epoch %d", self.claimed.number, last)
+        metric = self.study.spec.objective[0].metric
+        series = {e.measurement.epoch: e.measurement.metrics[metric] for e in self.epochs}
+        if not self._several:
+            self._patiently(
+                lambda: queue.report_missing(self.worker.store, self.claimed, series),
+                "report earlier epochs",
+            )
+        for epoch in self.epochs:
+            self._log(epoch)
+        self.worker.tracker.note(
+            self.key,
+            tags={names.RESUMED_TAG: f"attempt {self.claimed.attempt} after epoch {last}"},
+        )
+
+    @property
+    def _several(self) -> bool:
+        """Optuna takes no reports of studies with several objectives."""
+        return len(self.study.spec.objective) > 1
+
+    def _epochs(self, training: Training) -> tuple[Outcome, Mapping[str, float]] | None:
+        """Train; how it ended, or None where the trial is to go back to the queue."""
+        faults, signals = self.study.spec.faults, self.worker.signals
+        leave_s = max(0.0, faults.grace_s - min(_RESERVE_S, faults.grace_s / 3))
+
+        def interrupt() -> bool:
+            return (signals.stopping and signals.waited_s() >= leave_s) or self._reports.lost
+
+        with contextlib.closing(training.epochs(interrupt=interrupt)) as epochs:
+            for measurement in epochs:
+                ended = self._measured(training, measurement)
+                if ended is not None:
+                    return ended, {}
+                if signals.stopping and measurement.epoch < training.config.train.epochs:
+                    self._save(training)
+                    return None
+        return Outcome.COMPLETED, {}
+
+    def _measured(self, training: Training, measurement: Measurement) -> Outcome | None:
+        """Say what an epoch gave, tracker first; how the trial ends if this was its last."""
+        epoch = Epoch(measurement=measurement, time_ms=round(time.time() * 1000))
+        self.epochs.append(epoch)
+        self._log(epoch)
+        if not measurement.finite:
+            return Outcome.DIVERGED
+        last = measurement.epoch >= training.config.train.epochs
+        if not self._several:
+            value = measurement.metrics[self.study.spec.objective[0].metric]
+            if self._reports.tell(measurement.epoch, value, decide=not last) and not last:
+                return Outcome.PRUNED
+        if last:
+            return None
+        if self.worker.asked is Control.CANCEL:
+            return Outcome.CANCELLED
+        if self._kept.due(measurement.epoch):
+            self._save(training)
+        return None
+
+    def _save(self, training: Training) -> None:
+        self._kept.write(training, self.epochs, self._seconds)
+
+    @property
+    def _seconds(self) -> float:
+        """Seconds of wall time that went into the trial, those before a checkpoint included."""
+        return self.spent_s + time.time() - self.started
+
+    @property
+    def _reports(self) -> Reports:
+        if self.reports is None:
+            raise TrialLostError("nothing can be reported before training begins")
+        return self.reports
+
+    @property
+    def _kept(self) -> TrialCheckpoints:
+        if self.checkpoints is None:
+            raise TrialLostError("nothing can be kept before training begins")
+        return self.checkpoints
+
+    def _log(self, epoch: Epoch) -> None:
+        measurement = epoch.measurement
+        self.worker.tracker.log(self.key, measurement.metrics, measurement.epoch, epoch.time_ms)
+
+    def _patiently(self, call: Callable[[], T], what: str) -> T:
+        faults = self.study.spec.faults
+        return patiently(call, what, self.worker.signals, grace_s=faults.grace_s)
+
+    def _start_run(self, config: TrialConfig) -> None:
+        self.worker.tracker.start(
+            RunStart(
+                key=self.key,
+                experiment=self.study.name,
+                name=names.run_name(self.claimed.origin),
+                params=flattened(config.model_dump(mode="json")),
+                tags={
+                    names.STUDY_TAG: self.study.name,
+                    names.ROLE_TAG: names.ROLE_TRIAL,
+                    names.TRIAL_TAG: str(self.claimed.number),
+                    names.STATE_TAG: "running",
+                    names.ATTEMPT_TAG: str(self.claimed.attempt),
+                    names.WORKER_TAG: self.worker.name,
+                    **environment_tags(),
+                },
+                start_time_ms=round(self.started * 1000),
+            )
+        )
+        self.tracked = True
+
+    def _describe(self, training: Training) -> None:
+        """What is known of the trial once its model and data are there."""
+        facts = {attr.PARAMETERS: training.parameters}
+        self._patiently(
+            lambda: queue.note(self.worker.store, self.claimed, facts), "describe the trial"
+        )
+        self.worker.tracker.note(
+            self.key,
+            tags={f"sweeper.note.{key}": text for key, text in training.notes.items()},
+            metrics={"model_parameters": float(training.parameters)},
+            dataset=training.dataset.describe(),
+        )
+
+    def _values(self) -> list[float]:
+        """The trial's objectives: each the value of its best epoch, or of the last."""
+        result = []
+        for objective in self.study.spec.objective:
+            series = [epoch.measurement.metrics[objective.metric] for epoch in self.epochs]
+            result.append(series[-1] if objective.at == "last" else best_of(objective, series))
+        return result
+
+    def _finish(self, outcome: Outcome, final: Mapping[str, float]) -> None:
+        bad = outcome is Outcome.DIVERGED and self.study.spec.faults.on_divergence == "pruned"
+        finite = [epoch.measurement for epoch in self.epochs if epoch.measurement.finite]
+        metrics = {**summary(finite), **final}
+        self._settle()
+        self._patiently(
+            lambda: queue.finish(
+                self.worker.store,
+                self.study.study,
+                self.claimed,
+                outcome=outcome,
+                ends_as="pruned" if bad else None,
+                values=self._values() if outcome is Outcome.COMPLETED else (),
+                facts={attr.METRICS: metrics, attr.SECONDS: self._seconds},
+            ),
+            "end the trial",
+        )
+        well = bad or outcome in {Outcome.COMPLETED, Outcome.PRUNED}
+        self._end_run("FINISHED" if well else "FAILED", outcome, metrics)
+        self._kept.delete()
+        _log.info("trial %d %s after %d epochs", self.claimed.number, outcome, len(self.epochs))
+
+    def _settle(self) -> None:
+        """Wait until the store has every report, or let it be: the last ones are worth no trial."""
+        until = time.monotonic() + GIVE_UP_S
+        signals, grace_s = self.worker.signals, self.study.spec.faults.grace_s
+        while time.monotonic() < until and not self._reports.settle(1.0):
+            if signals.stopping and signals.waited_s() >= grace_s:
+                return
+
+    def _end_run(
+        self, status: str, outcome: Outcome, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        if self.tracked:
+            self.worker.tracker.end(
+                self.key,
+                status=status,
+                metrics={
+                    name: value
+                    for name, value in (metrics or {}).items()
+                    if name not in EPOCH_METRICS
+                },
+                tags={
+                    names.STATE_TAG: _STATE_TAGS.get(outcome, "failed"),
+                    names.OUTCOME_TAG: str(outcome),
+                },
+                end_time_ms=round(time.time() * 1000),
+            )
+
+    def _save_weights(self, training: Training) -> None:
+        """Hand the weights to the tracker if no trial so far was better."""
+        from safetensors.torch import save_file
+
+        objective = self.study.spec.objective[0]
+        best = self._patiently(
+            lambda: standing(self.worker.store, self.study).best, "compare with other trials"
+        )
+        if best is not None and not better(objective, self._values()[0], best.values[0]):
+            return
+        weights = training.best_weights()
+        if not weights:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / names.WEIGHTS_FILE
+            save_file({key: value.contiguous() for key, value in weights.items()}, file)
+            self.worker.tracker.artifact(self.key, file, names.WEIGHTS_FOLDER)
+
+    def give_back(self) -> None:
+        """Put the trial back for another worker; nothing of it is lost but the time.
+
+        Where the store cannot be told in time, the trial counts as lost a little later.
+        """
+        _log.info("trial %d goes back to the queue", self.claimed.number)
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.wait(self.study.spec.faults.grace_s)
+            self._patiently(
+                lambda: queue.put_back(self.worker.store, self.claimed), "put the trial back"
+            )
+            if self.tracked:
+                self._end_run("KILLED", Outcome.PREEMPTED)
+        except TrialLostError:
+            pass
+        except StoreUnreachableError as error:
+            _log.warning("the store does not know that the trial was given back: %s", error)
+
+    def fail(self, outcome: Outcome, error: str) -> None:
+        """End the trial as failed, with the reason."""
+        _log.error("trial %d %s: %s", self.claimed.number, outcome, error)
+        facts = {attr.ERROR: error, attr.SECONDS: self._seconds}
+        with contextlib.suppress(TrialLostError):
+            self._patiently(
+                lambda: queue.finish(
+                    self.worker.store,
+                    self.study.study,
+                    self.claimed,
+                    outcome=outcome,
+                    facts=facts,
+                ),
+                "end the trial",
+            )
+            self._end_run("FAILED", outcome)
+            retried = queue.tries(self.study.spec, outcome) > self.claimed.failures(outcome)
+            if self.checkpoints is not None and not retried:
+                self.checkpoints.delete()
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names; other values as they are."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result.update(flattened(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
