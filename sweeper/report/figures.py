@@ -39,6 +39,11 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
         "How much of the objective's variation each parameter explains (PED-ANOVA).",
         visualization.plot_param_importances,
     ),
+    "edf": (
+        "Distribution of the objective",
+        "The share of completed trials that reached at most this objective.",
+        visualization.plot_edf,
+    ),
     "parallel_coordinate": (
         "Parallel coordinates",
         "One line a completed trial. Drag along an axis to pick a range.",
@@ -58,11 +63,6 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
         "Ranks",
         "Trials over pairs of the most important parameters, coloured by rank.",
         lambda study: visualization.plot_rank(study, params=_most_important(study)),
-    ),
-    "edf": (
-        "Distribution of the objective",
-        "The share of completed trials that reached at most this objective.",
-        visualization.plot_edf,
     ),
 }
 """Names as Optuna has them, each with title and caption."""

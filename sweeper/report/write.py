@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -75,12 +75,23 @@ def _tables(data: StudyData) -> dict[str, str]:
 
 
 def table_files(found: Sequence[Table]) -> dict[str, str]:
-    """File name → all tables in one file of each format; CSV knows one table a file."""
+    """File name → all tables in one file of each format; CSV knows one table a file.
+
+    What is to be read or printed has the first rows, CSV has all.
+    """
+    short = [_first_rows(table) for table in found]
     return {
-        "table.md": "\n".join(map(table_markdown, found)),
-        "table.tex": "% needs \\usepackage{booktabs}\n" + "\n".join(map(table_latex, found)),
+        "table.md": "\n".join(map(table_markdown, short)),
+        "table.tex": "% needs \\usepackage{booktabs}\n" + "\n".join(map(table_latex, short)),
         **{f"{table.name}.csv": table_csv(table) for table in found},
     }
+
+
+def _first_rows(table: Table) -> Table:
+    if len(table.rows) <= table.open_rows:
+        return table
+    said = f"The first {table.open_rows} of {len(table.rows)} rows; all are in {table.name}.csv."
+    return replace(table, rows=table.rows[: table.open_rows], note=f"{table.note} {said}".strip())
 
 
 def comparison_name(names: Sequence[str]) -> str:

@@ -1,0 +1,146 @@
+"""Published rows are matched to trials by configuration, whatever their seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from report.conftest import made, row
+
+from sweeper.report.reference import published, reference_table, verdict
+
+
+def reference(*trials: dict[str, Any]) -> dict[str, Any]:
+    return {"source": "R1", "trials": list(trials)}
+
+
+def told(*rows: Any, **sections: Any) -> list[list[str]]:
+    """The texts of the reference table."""
+    data = made(*rows, **sections)
+    table = reference_table(data, published(data))
+    return [[cell.text for cell in line] for line in table.rows]
+
+
+def test_a_row_is_measured_by_every_seed_of_its_configuration() -> None:
+    lines = told(
+        row(0, params={"optimizer.lr": 0.01, "train.seed": 0}, accuracy=0.75),
+        row(1, params={"optimizer.lr": 0.01, "train.seed": 1}, accuracy=0.79),
+        row(2, params={"optimizer.lr": 0.1, "train.seed": 0}, accuracy=0.1),
+        parameters={"optimizer.lr": [0.01, 0.1], "train.seed": [0, 1]},
+        reference=reference({"params": {"optimizer.lr": 0.01}, "reported": {"test_accuracy": 0.8}}),
+    )
+    assert lines == [["1", "0.01", "0.8000", "0.7700 ± 0.0283", "−0.0300", "0, 1"]]
+
+
+def test_a_grid_point_counts_that_sets_what_the_row_leaves_to_the_study() -> None:
+    lines = told(
+        row(0, params={"optimizer.lr": 0.001, "optimizer.name": "adam"}, accuracy=0.8),
+        optimizer={"name": "adam", "lr": 0.001},
+        parameters={"optimizer.lr": [0.001, 0.1], "optimizer.name": ["adam", "sgd"]},
+        reference=reference(
+            {"params": {}, "reported": {"test_accuracy": 0.8}},
+            {"params": {"optimizer.name": "sgd"}, "reported": {"test_accuracy": 0.7}},
+        ),
+    )
+    assert lines == [
+        ["1", "adam", "0.8000", "0.8000", "±0.0000", "0"],
+        ["2", "sgd", "0.7000", "not run", "–", "not run"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"state": "running", "outcome": None}, "running"),
+        ({"state": "pruned", "outcome": "diverged"}, "diverged"),
+        ({"state": "pruned", "outcome": "pruned"}, "pruned"),
+        ({"state": "failed", "outcome": "out_of_memory"}, "out of memory"),
+    ],
+)
+def test_a_row_without_a_result_says_what_became_of_it(facts: dict[str, Any], said: str) -> None:
+    lines = told(
+        row(3, params={"optimizer.lr": 0.5}, **facts),
+        reference=reference({"params": {"optimizer.lr": 0.5}, "reported": {"test_accuracy": 0.1}}),
+    )
+    assert lines == [["1", "0.5", "0.1000", said, "–", f"3 ({said})"]]
+
+
+def test_a_retried_attempt_does_not_count() -> None:
+    lines = told(
+        row(0, params={"optimizer.lr": 0.5}, state="retried", outcome="lost"),
+        reference=reference({"params": {"optimizer.lr": 0.5}, "reported": {"test_accuracy": 0.1}}),
+    )
+    assert lines[0][3] == "not run"
+
+
+def test_columns_are_what_the_rows_differ_in_and_each_metric_three_times() -> None:
+    data = made(
+        reference=reference(
+            {
+                "params": {"optimizer.lr": 0.1, "train.epochs": 12},
+                "reported": {"max_val_accuracy": 0.9, "test_accuracy": 0.8, "strange": 7.0},
+            },
+            {"params": {"optimizer.lr": 0.2, "train.epochs": 12}, "reported": {"strange": 8.0}},
+        )
+    )
+    table = reference_table(data, published(data))
+    assert [column.title for column in table.columns[:2]] == ["#", "lr"]
+    assert table.groups == [
+        ("", 2),
+        ("test accuracy", 3),
+        ("max val accuracy", 3),
+        ("strange", 3),
+        ("", 1),
+    ]
+
+
+def test_a_large_gap_is_marked_and_says_which_way() -> None:
+    data = made(
+        row(
+            0,
+            metrics={"test_accuracy": 0.70, "test_loss": 0.5, "max_val_accuracy": 0.81},
+            values=(0.7,),
+            model_parameters=100,
+        ),
+        reference=reference(
+            {
+                "params": {},
+                "reported": {
+                    "test_accuracy": 0.8,
+                    "test_loss": 1.0,
+                    "max_val_accuracy": 0.8,
+                    "parameters": 50.0,
+                },
+            }
+        ),
+    )
+    compared = published(data)[0].compared
+    assert {name: each.tone for name, each in compared.items()} == {
+        "test_accuracy": "bad",
+        "test_loss": "good",
+        "max_val_accuracy": "",
+        "parameters": "",
+    }
+
+
+def test_the_verdict_is_one_sentence() -> None:
+    sections: dict[str, Any] = {
+        "parameters": {"optimizer.lr": [0.1, 0.2, 0.3]},
+        "reference": reference(
+            *(
+                {"params": {"optimizer.lr": lr}, "reported": {"test_accuracy": 0.5}}
+                for lr in (0.1, 0.2, 0.3)
+            )
+        ),
+    }
+    none = made(**sections)
+    assert verdict(published(none)) == "None of 3 published rows has been measured yet."
+    two = made(
+        row(0, params={"optimizer.lr": 0.1}, accuracy=0.48),
+        row(1, params={"optimizer.lr": 0.2}, accuracy=0.51),
+        **sections,
+    )
+    assert verdict(published(two)) == (
+        "2 of 3 published rows measured; test accuracy differs by −2.0 to +1.0 points, "
+        "1.5 on average."
+    )

@@ -1,0 +1,114 @@
+"""The exact text of tables in each format, hostile text included."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from report.conftest import HOSTILE, made, row
+
+from sweeper.report.tables import (
+    Cell,
+    Column,
+    Table,
+    table_csv,
+    table_latex,
+    table_markdown,
+    trials_csv,
+)
+
+TABLE = Table(
+    name="small",
+    caption="R4 & <us>",
+    columns=(
+        Column(title="lr"),
+        Column(title="optimizer", numeric=False),
+        Column(title="reported", group="test_accuracy"),
+        Column(title="measured", group="test_accuracy"),
+    ),
+    rows=(
+        (
+            Cell(text="0.001", value=0.001),
+            Cell(text="a|b_*"),
+            Cell(text="0.7590", value=0.759),
+            Cell(text="0.7600 ± 0.0010", value=0.1 + 0.66, deviation=0.001),
+        ),
+        (
+            Cell(text="0.01", value=0.01),
+            Cell(text=""),
+            Cell(text="–"),
+            Cell(text="not run", tone="muted"),
+        ),
+    ),
+    note="100 %",
+)
+
+
+def test_markdown_is_one_line_a_row_and_shows_text_as_it_is() -> None:
+    assert table_markdown(TABLE) == (
+        "**R4 \\& \\<us\\>**\n"
+        "\n"
+        "| lr | optimizer | test\\_accuracy, reported | test\\_accuracy, measured |\n"
+        "| ---: | :--- | ---: | ---: |\n"
+        "| 0.001 | a\\|b\\_\\* | 0.7590 | 0.7600 ± 0.0010 |\n"
+        "| 0.01 |  | – | not run |\n"
+        "\n"
+        "100 %\n"
+    )
+
+
+def test_latex_has_groups_over_columns_and_escapes_what_it_would_read() -> None:
+    assert table_latex(TABLE) == (
+        "\\begin{table}\n"
+        "  \\centering\n"
+        "  \\caption{R4 \\& \\textless{}us\\textgreater{}}\n"
+        "  \\begin{tabular}{rlrr}\n"
+        "    \\toprule\n"
+        "     &  & \\multicolumn{2}{c}{test\\_accuracy} \\\\\n"
+        "    \\cmidrule(lr){3-4}\n"
+        "    lr & optimizer & reported & measured \\\\\n"
+        "    \\midrule\n"
+        "    0.001 & a\\textbar{}b\\_* & 0.7590 & 0.7600 $\\pm$ 0.0010 \\\\\n"
+        "    0.01 &  & -- & not run \\\\\n"
+        "    \\bottomrule\n"
+        "  \\end{tabular}\n"
+        "  \\par\\smallskip 100 \\%\n"
+        "\\end{table}\n"
+    )
+
+
+def test_csv_has_values_and_a_column_for_standard_deviations() -> None:
+    assert table_csv(TABLE) == (
+        'lr,optimizer,"test_accuracy, reported","test_accuracy, measured",'
+        '"test_accuracy, measured, standard deviation"\n'
+        "0.001,a|b_*,0.759,0.76,0.001\n"
+        "0.01,,,not run,\n"
+    )
+
+
+def test_a_line_break_in_a_cell_breaks_no_row() -> None:
+    table = Table(
+        name="t",
+        caption="c",
+        columns=(Column(title="note", numeric=False),),
+        rows=((Cell(text="one\ntwo"),),),
+    )
+    assert "| one two |" in table_markdown(table)
+    assert "    one two \\\\" in table_latex(table)
+    assert list(csv.reader(io.StringIO(table_csv(table)))) == [["note"], ["one\ntwo"]]
+
+
+def test_every_trial_is_in_the_csv_with_all_that_is_stored() -> None:
+    data = made(
+        row(0, params={"optimizer.name": "sgd"}, accuracy=0.5, worker=HOSTILE),
+        row(1, params={"optimizer.name": "adam"}, accuracy=0.9, model_parameters=7),
+        row(2, state="failed", outcome="crashed", error=HOSTILE, seconds=None),
+        parameters={"optimizer.name": ["sgd", "adam"]},
+    )
+    lines = list(csv.DictReader(io.StringIO(trials_csv(data.now))))
+    assert [line["number"] for line in lines] == ["1", "0", "2"]
+    assert [line["state"] for line in lines] == ["complete", "complete", "failed"]
+    assert lines[0]["objective.val_accuracy"] == lines[0]["test_accuracy"] == "0.9"
+    assert lines[0]["model_parameters"] == "7"
+    assert lines[1]["worker"] == HOSTILE
+    assert lines[2]["seconds"] == lines[2]["optimizer.name"] == ""
