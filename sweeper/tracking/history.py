@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urlsplit
 
-from sweeper.errors import TrackerRefusedError
+from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
 from sweeper.settings import RUN_KEY_TAG, Settings
 from sweeper.tracking.batch import fitting_name
-from sweeper.tracking.mlflow import ServerFailedError, connect, translated
+from sweeper.tracking.mlflow import connect, translated
 from sweeper.tracking.service import readable_uri
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def _points(client: MlflowClient, run_ids: Sequence[str], metric: str) -> list[P
     if len(run_ids) > 1:
         try:
             found = _bulk(client, run_ids, metric)
-        except (TrackerRefusedError, ServerFailedError):  # a server without the bulk query
-            pass
+        except (TrackerRefusedError, TrackerUnreachableError):
+            pass  # a server without the bulk query; one that is gone refuses the next call too
         else:
             if len(found) < _POINTS_A_CALL:
                 return found
