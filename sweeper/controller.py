@@ -16,6 +16,8 @@ from typing import Final
 from sweeper import checkpoints
 from sweeper.errors import (
     OutOfReachError,
+    StoreRefusedError,
+    StoreUnreachableError,
     StudyChangedError,
     SweeperError,
     UsageError,
@@ -41,6 +43,7 @@ _log = logging.getLogger(__name__)
 _QUICK_DEATH_S: Final = 20.0
 _QUICK_DEATHS: Final = 5
 _ALIKE: Final = 3
+_STORE_AWAY_S: Final = 3600.0
 _ERRORS: Final[dict[int, type[SweeperError]]] = {2: UsageError, 3: OutOfReachError}
 
 
@@ -89,6 +92,30 @@ def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:
         f"the study {name!r} in the store must be the one in the file, but the file differs:\n"
         f"{listing}\n{advice}"
     )
+
+
+class Outage:
+    """How long the store has been away, and whether that is still to be borne."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def goes_on(self, error: StoreUnreachableError) -> str:
+        """A line for the person who waits.
+
+        Raises ``error`` where no waiting mends it, or after an hour: then the workers have given
+        up too.
+        """
+        if self._since is None:
+            self._since = time.monotonic()
+        away_s = time.monotonic() - self._since
+        if isinstance(error, StoreRefusedError) or away_s > _STORE_AWAY_S:
+            raise error
+        return f"trials go on without the store: {error}"
+
+    def ended(self) -> None:
+        """The store has answered."""
+        self._since = None
 
 
 @dataclass(kw_only=True)
@@ -166,8 +193,8 @@ class Sweep:
 
     def _bury(self, process: Process) -> None:
         """Requeue what a dead worker had, and stop the sweep where the next would die too."""
-        self._buried.add(process.name)
         lost = queue.lose_trials_of(self.store, self.study.id, process.name)
+        self._buried.add(process.name)
         if lost:
             _log.warning("worker %s died with trial %s", process.name, lost)
             with self.store.exclusively():
@@ -195,8 +222,11 @@ class Sweep:
         self.stopping = True
         self.launcher.stop(now=now)
         if now:
-            for process in self.launcher.processes():
-                queue.return_trials_of(self.store, self.study.id, process.name)
+            try:
+                for process in self.launcher.processes():
+                    queue.return_trials_of(self.store, self.study.id, process.name)
+            except StoreUnreachableError as error:
+                _log.warning("the trials of the workers that were ended count as lost: %s", error)
 
 
 def _stop_if_all_alike(now: Standing) -> None:
@@ -209,8 +239,9 @@ def _stop_if_all_alike(now: Standing) -> None:
     reasons = Counter(((row.error or "").strip().splitlines() or [""])[-1] for row in ended)
     _, count = reasons.most_common(1)[0]
     if count == len(ended):
+        where = "\n".join((ended[0].error or "").strip().splitlines()[-5:])
         raise WorkersFailedError(
             f"the first {count} trials of {now.spec.name!r} all failed in the same way:\n"
-            f"{ended[0].error}\nThe study is stopped. Put that right, then: "
+            f"{where}\nThe study is stopped. Put that right, then: "
             f"sweeper retry {now.spec.name}"
         )

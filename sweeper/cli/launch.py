@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
-from sweeper.errors import TrackerUnreachableError, UsageError
+from sweeper.errors import StoreUnreachableError, TrackerUnreachableError, UsageError
 from sweeper.settings import Settings
 
 if TYPE_CHECKING:
@@ -178,12 +178,15 @@ def _publish(
     Where the page is, or None where there is none. A tracker that is out of reach costs neither
     the trials, nor the report, nor what is in the spool.
     """
+    from sweeper.cli.agreement import settle
     from sweeper.report.publish import publish
+    from sweeper.store import standing
 
     written = None
     try:
         try:
             service.replay()
+            settle(standing(opened, study), settings)
         finally:
             written = _report(opened, study, settings)
         if written is not None:
@@ -214,17 +217,24 @@ def _report(
 
 def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:
     """Look after the sweep until it is over, interrupted, or stopped from elsewhere."""
+    from sweeper.controller import Outage
     from sweeper.store import standing
 
-    if not standing(sweep.store, sweep.study).over:
+    now = standing(sweep.store, sweep.study)
+    if not now.over:
         sweep.start()
+    away = Outage()
     while True:
         note = service.look_after()
         if interrupts.count and not sweep.stopping:
             sweep.stop()
         if sweep.stopping:
             note = "stopping after the running epochs; once more (Ctrl-C) stops at once"
-        now = sweep.tick()
+        try:
+            now = sweep.tick()
+            away.ended()
+        except StoreUnreachableError as error:
+            note = away.goes_on(error)
         alive = len(sweep.alive)
         shown.show(now, alive, note)
         if interrupts.count > 1 or now.over or not alive:
@@ -237,11 +247,13 @@ def _leave(sweep: Sweep) -> None:
     from sweeper.store import standing
 
     until = time.monotonic() + _LEAVE_S
-    over = standing(sweep.store, sweep.study).over
-    while over and sweep.alive and time.monotonic() < until:
-        time.sleep(0.1)
-    if sweep.alive:
-        sweep.stop(now=True)
+    try:
+        over = standing(sweep.store, sweep.study).over
+        while over and sweep.alive and time.monotonic() < until:
+            time.sleep(0.1)
+    finally:
+        if sweep.alive:
+            sweep.stop(now=True)
 
 
 def _say_interrupted(spec: StudySpec, now: Standing) -> None:

@@ -87,11 +87,22 @@ def sync(home: HomeOption = None) -> None:
         raise typer.Exit(3)
 
 
-def doctor(store: StoreOption = None, home: HomeOption = None, json_: JsonOption = False) -> None:
+def doctor(
+    study: Annotated[
+        str | None,
+        typer.Option("--study", help="Compare what the store and MLflow have of this study."),
+    ] = None,
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
     """Check store, MLflow, GPU, data folders and versions, and say what to do."""
     from sweeper.cli.checks import examine
     from sweeper.cli.printing import out, print_json
 
+    if study is not None:
+        _compare(study, Settings.resolve(home=home, store=store), json_=json_)
+        return
     findings = examine(Settings.resolve(home=home, store=store))
     if json_:
         print_json([finding.public() for finding in findings])
@@ -105,3 +116,22 @@ def doctor(store: StoreOption = None, home: HomeOption = None, json_: JsonOption
                 console.print(f"                {finding.advice}", markup=False)
     if any(finding.verdict == "bad" for finding in findings):
         raise UsageError("something above must be put right first")
+
+
+def _compare(study: str, settings: Settings, *, json_: bool) -> None:
+    """Print on what the store and MLflow differ; exit code 1 where they do."""
+    from sweeper.cli.agreement import differences
+    from sweeper.cli.printing import print_json
+    from sweeper.store import open_store, standing, studies
+
+    opened = open_store(settings.store_url)
+    now = standing(opened, studies.load(opened, study))
+    found = differences(now, settings)
+    if json_:
+        print_json(found)
+    elif found:
+        sys.stdout.write("".join(f"{line}\n" for line in found))
+    else:
+        sys.stdout.write(f"{study}: the store and MLflow agree on all {now.budget} trials\n")
+    if found:
+        raise typer.Exit(1)

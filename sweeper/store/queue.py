@@ -125,15 +125,16 @@ def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]
 
     Call it under :meth:`Store.exclusively`.
     """
-    trials = current(store.storage.get_all_trials(study_id, deepcopy=False))
-    have = Counter(trial.user_attrs.get(attr.TICKET) for trial in trials)
     enqueued = 0
-    for ticket in planned:
-        if have[ticket.key] > 0:
-            have[ticket.key] -= 1
-            continue
-        store.storage.create_new_trial(study_id, _waiting(spec, ticket))
-        enqueued += 1
+    with reaching(store.url):
+        trials = current(store.storage.get_all_trials(study_id, deepcopy=False))
+        have = Counter(trial.user_attrs.get(attr.TICKET) for trial in trials)
+        for ticket in planned:
+            if have[ticket.key] > 0:
+                have[ticket.key] -= 1
+                continue
+            store.storage.create_new_trial(study_id, _waiting(spec, ticket))
+            enqueued += 1
     return enqueued
 
 

@@ -296,7 +296,9 @@ class Attempt:
                     if name not in EPOCH_METRICS
                 },
                 tags={
-                    names.STATE_TAG: _STATE_TAGS.get(outcome, "failed"),
+                    names.STATE_TAG: "failed"
+                    if status == "FAILED"
+                    else _STATE_TAGS.get(outcome, "failed"),
                     names.OUTCOME_TAG: str(outcome),
                 },
                 end_time_ms=round(time.time() * 1000),

@@ -89,7 +89,15 @@ def test_the_studys_own_run_has_spec_and_table(launched: Launched) -> None:
     )
     assert len(own) == 1
     names = {file.path for file in client.list_artifacts(own[0].info.run_id)}
-    assert {"spec.json", "trials.csv"} <= names
+    assert {"spec.json", "trials.csv", "index.html", "table.md", "table.tex"} <= names
+
+
+def test_the_report_is_written_and_named(launched: Launched) -> None:
+    sweeper, result = launched
+    assert Path(result["report"]) == sweeper.folder / ".sweeper/reports/small/index.html"
+    page = Path(result["report"]).read_text("utf-8")
+    assert "Confusion matrix" in page
+    assert "could not be made" not in page
 
 
 def test_the_best_model_loads_and_predicts(launched: Launched) -> None:
@@ -129,6 +137,27 @@ def test_status_and_best(launched: Launched) -> None:
     assert "small" in sweeper.run("status")
     assert " lr " in sweeper.run("trials", "small")
     assert "test_accuracy" in sweeper.run("best", "small")
+
+
+def test_store_and_mlflow_agree_until_somebody_meddles(launched: Launched) -> None:
+    from mlflow import MlflowClient
+
+    sweeper, result = launched
+    assert "agree on all 3 trials" in sweeper.run("doctor", "--study", "small")
+    client = MlflowClient(result["tracking_uri"])
+    experiment = result["experiment_id"]
+    run_id = sweeper.json("trials", "small")[1]["run_id"]
+    client.log_metric(run_id, "val_loss", 0.5, timestamp=1, step=2)
+    client.set_terminated(run_id, "FAILED")
+    alien = client.create_run(experiment, tags={"sweeper.role": "trial", "sweeper.key": "small/77"})
+    process = sweeper.start("doctor", "--study", "small")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "trial 1: MLflow has val_loss more than once at the epochs [2]" in said
+    assert "trial 1: it is complete in the store, but its run is FAILED" in said
+    assert f"the run {alien.info.run_id} (small/77) belongs to no trial" in said
+    client.delete_run(alien.info.run_id)
+    client.set_terminated(run_id, "FINISHED")
 
 
 def test_nothing_is_left_running(launched: Launched) -> None:

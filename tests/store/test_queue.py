@@ -152,6 +152,101 @@ def test_retries_end(store: Store, started: Start) -> None:
     assert standing(store, study).counts["waiting"] == 1
 
 
+@pytest.mark.parametrize(
+    ("outcome", "faults", "attempts"),
+    [
+        (Outcome.OUT_OF_MEMORY, {}, 2),
+        (Outcome.OUT_OF_MEMORY, {"on_out_of_memory": "fail"}, 1),
+        (Outcome.CRASHED, {}, 1),
+        (Outcome.CRASHED, {"crash_retries": 2}, 3),
+        (Outcome.INVALID, {"crash_retries": 2}, 1),
+    ],
+)
+def test_a_failed_trial_is_tried_again_as_its_policy_says(
+    store: Store, started: Start, outcome: Outcome, faults: dict[str, object], attempts: int
+) -> None:
+    study = started(search={"trials": 1}, faults=faults)
+    for attempt in range(1, attempts + 1):
+        claimed = queue.claim(store, study.id, "a")
+        assert claimed is not None
+        assert claimed.failures(outcome) == attempt - 1
+        queue.finish(store, study.study, claimed, outcome=outcome, facts={attr.ERROR: "why"})
+        assert standing(store, study).over is (attempt == attempts)  # before anybody reconciles
+        with store.exclusively():
+            queue.reconcile(store, study.id, study.spec)
+    assert queue.claim(store, study.id, "a") is None
+    now = standing(store, study)
+    assert (now.counts["failed"], now.counts["retried"], now.budget) == (1, attempts - 1, 1)
+    assert now.rows[-1].outcome == outcome
+
+
+def test_preemption_does_not_use_up_the_retries_of_a_loss(store: Store, started: Start) -> None:
+    study = started(search={"trials": 1}, faults={"retries": 1})
+    for _ in range(5):
+        claimed = queue.claim(store, study.id, "a")
+        assert claimed is not None
+        queue.put_back(store, claimed)
+    assert queue.claim(store, study.id, "a") is not None
+    queue.lose_trials_of(store, study.id, "a")
+    with store.exclusively():
+        assert len(queue.reconcile(store, study.id, study.spec)) == 1
+
+
+def test_finishing_twice_is_finishing_once(store: Store, started: Start) -> None:
+    study = started(search={"trials": 1})
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    complete(store, study, claimed, 0.5)
+    complete(store, study, claimed, 0.5)  # the answer to the first was lost
+    assert standing(store, study).rows[0].values == (0.5,)
+
+
+def test_what_another_worker_has_by_now_is_not_put_back(store: Store, started: Start) -> None:
+    study = started(search={"trials": 1})
+    first = queue.claim(store, study.id, "a")
+    assert first is not None
+    queue.put_back(store, first)
+    second = queue.claim(store, study.id, "b")
+    assert second is not None
+    with pytest.raises(TrialLostError):
+        queue.put_back(store, first)
+    with pytest.raises(TrialLostError):
+        complete(store, study, first)
+    complete(store, study, second)
+
+
+def test_nobody_counts_as_lost_to_who_was_away_himself(
+    store: Store, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = started(search={"trials": 1}, faults={"heartbeat_s": 10, "lost_after_s": 60})
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    silence(store)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    lookout = queue.Lookout(study.spec.faults)
+
+    def looked(after_s: float) -> list[int]:
+        nonlocal now
+        now += after_s
+        return lookout.reap(store, study.id)
+
+    assert looked(0) == looked(10) == []
+    assert looked(100) == []  # a break: it begins anew
+    assert looked(10) == looked(10) == []
+    assert looked(10) == [0]
+
+
+def test_the_pruner_does_not_look_ahead(store: Store, started: Start) -> None:
+    study = started(search={"trials": 1, "pruner": {"name": "threshold", "lower": 0.5}})
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    for epoch, value in ((1, 0.9), (2, 0.1)):
+        queue.report(store, claimed, epoch, value)
+    assert not queue.should_prune(store, study.study, claimed, 1)
+    assert queue.should_prune(store, study.study, claimed, 2)
+
+
 def test_a_beat_keeps_a_trial(store: Store, started: Start) -> None:
     study = started(search={"trials": 1})
     claimed = queue.claim(store, study.id, "a")

@@ -1,0 +1,82 @@
+"""A study's runs as MLflow has them, doubles included: for comparing them with the store."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sweeper.settings import ROLE_TAG, ROLE_TRIAL, RUN_KEY_TAG, Settings
+from sweeper.tracking.batch import Batch, fitting_name
+from sweeper.tracking.history import _points
+from sweeper.tracking.mlflow import connect, log_batch, set_status, translated
+from sweeper.tracking.service import readable_uri
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditedRun:
+    """One trial's run. ``points``: metric → step → how often MLflow has a value there."""
+
+    run_id: str
+    key: str
+    status: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    points: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+
+
+def audited(settings: Settings, study: str, metrics: Sequence[str] = ()) -> list[AuditedRun]:
+    """All runs of a study's trials, with the points of ``metrics``.
+
+    Raises TrackerUnreachableError, and TrackerRefusedError where MLflow will not answer.
+    """
+    uri = readable_uri(settings)
+    if uri is None:
+        return []
+    client = connect(uri)
+    runs = []
+    with translated(f"list the runs of {study!r}"):
+        experiment = client.get_experiment_by_name(study)
+        token: str | None = None
+        while experiment is not None:
+            page = client.search_runs(
+                [experiment.experiment_id],
+                filter_string=f"tags.`{ROLE_TAG}` = '{ROLE_TRIAL}'",
+                max_results=1000,
+                page_token=token,
+            )
+            runs += list(page)
+            token = page.token
+            if not token:
+                break
+    run_ids = [str(run.info.run_id) for run in runs]
+    points: dict[str, dict[str, Counter[int]]] = {run_id: {} for run_id in run_ids}
+    for metric in metrics:
+        for start in range(0, len(run_ids), 100):
+            for run_id, step, _ in _points(
+                client, run_ids[start : start + 100], fitting_name(metric)
+            ):
+                points[run_id].setdefault(metric, Counter())[step] += 1
+    return [
+        AuditedRun(
+            run_id=str(run.info.run_id),
+            key=run.data.tags.get(RUN_KEY_TAG, ""),
+            status=str(run.info.status),
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+            metrics=dict(run.data.metrics),
+            points=points[str(run.info.run_id)],
+        )
+        for run in runs
+    ]
+
+
+def end_run(settings: Settings, run: AuditedRun, status: str, tags: Mapping[str, str]) -> None:
+    """End a run that nobody works on any more. Raises as :func:`audited`."""
+    uri = readable_uri(settings)
+    if uri is not None:
+        client = connect(uri)
+        log_batch(client, run.run_id, Batch(tags=dict(tags)))
+        set_status(client, run.run_id, status, end_time_ms=round(time.time() * 1000))
