@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -33,9 +35,9 @@ def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> fl
     Measured with random images of the right shape, so no data are needed: some batches of training
     after as many that warm up, and some of validation, scaled to the size of the data set and the
     number of epochs. On a CPU that is one batch of 8 images, or of up to 128 where 8 take less than
-    a tenth of a second. Loading data, the test set and compilation come on top. None where the size
-    of the data is unknown, and for a support vector machine, whose time does not grow with its data
-    in proportion.
+    a tenth of a second, with one thread, which is what a local worker has. Loading data, the test
+    set and compilation come on top. None where the size of the data is unknown, and for a support
+    vector machine, whose time does not grow with its data in proportion.
     """
     device = best_device() if device is None else resolved(device)
     shape, images = shape_of(config.data), _images(config.data)
@@ -46,12 +48,25 @@ def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> fl
     if device.type == "cuda":
         seconds = _an_image_s(config, shape, device, batch=largest, batches=_CUDA_BATCHES)
     else:
-        seconds = _an_image_s(config, shape, device, batch=min(largest, 8), batches=1)
-        if seconds[0] * 8 < _QUICK_S:
-            seconds = _an_image_s(config, shape, device, batch=min(largest, 128), batches=1)
+        with _one_thread():
+            seconds = _an_image_s(config, shape, device, batch=min(largest, 8), batches=1)
+            if seconds[0] * 8 < _QUICK_S:
+                seconds = _an_image_s(config, shape, device, batch=min(largest, 128), batches=1)
     training_s, validation_s = seconds
     held_out = _held_out(config.data, images)
     return config.train.epochs * (training_s * (images - held_out) + validation_s * held_out)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads on cores that others use as well wait for each other, up to 25 times as
+    long as one thread takes (measured with two threads on two cores under load)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _an_image_s(
