@@ -119,7 +119,8 @@ def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
     table.add_column("time", justify="right")
     for row in rows:
         value = row.values[0] if row.values else row.last_value
-        state = row.outcome if row.state == "failed" and row.outcome else row.state
+        named = row.outcome and row.outcome not in {"completed", row.state}
+        state = f"{row.state} ({row.outcome})" if named else row.state
         table.add_row(
             str(row.number),
             f"[{STATE_STYLE[row.state]}]{state}[/]",

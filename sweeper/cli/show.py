@@ -37,6 +37,7 @@ def status(
                 {
                     "study": now.spec.name,
                     "trials": now.counts,
+                    "outcomes": now.outcomes,
                     "budget": now.budget,
                     "best": None
                     if now.best is None
@@ -49,8 +50,10 @@ def status(
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("study", "ended", "complete", "pruned", "failed", "running", "waiting", "best"):
-        table.add_column(column, justify="left" if column == "study" else "right")
+    words = ("study", "outcomes")
+    columns = ("study", "ended", "complete", "pruned", "failed", "running", "waiting", "best")
+    for column in (*columns, "outcomes"):
+        table.add_column(column, justify="left" if column in words else "right")
     for now in found:
         counts = now.counts
         best = "–" if now.best is None else f"{number(now.best.values[0])} (#{now.best.number})"
@@ -60,6 +63,7 @@ def status(
             f"{now.ended}/{now.budget}",
             *(str(counts[state]) for state in states),
             best,
+            ", ".join(f"{count} {outcome}" for outcome, count in now.outcomes.items()),
         )
     out().print(table if found else "no study in this store yet")
 

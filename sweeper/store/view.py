@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,6 +88,11 @@ class Standing:
         for row in self.rows:
             result[row.state] += 1
         return result
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """What ended attempts, retried ones included, by name; the most frequent first."""
+        return dict(Counter(row.outcome for row in self.rows if row.outcome).most_common())
 
     @property
     def budget(self) -> int:

@@ -178,6 +178,7 @@ def test_a_failed_trial_is_tried_again_as_its_policy_says(
     now = standing(store, study)
     assert (now.counts["failed"], now.counts["retried"], now.budget) == (1, attempts - 1, 1)
     assert now.rows[-1].outcome == outcome
+    assert now.outcomes == {str(outcome): attempts}
 
 
 def test_preemption_does_not_use_up_the_retries_of_a_loss(store: Store, started: Start) -> None:
