@@ -6,13 +6,16 @@ import logging
 import os
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
 from sweeper.errors import UsageError
 from sweeper.settings import Settings, masked
+
+_OPENING_S: Final = 300.0
+"""A worker that is started with its database, or in an outage, waits so long for it."""
 
 
 def worker(
@@ -33,12 +36,14 @@ def worker(
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
     from sweeper.tracking.service import address
-    from sweeper.worker import Signals, Worker, run_ids_into
+    from sweeper.worker import Signals, Worker, patiently, run_ids_into
 
     settings = Settings.resolve(home=home, store=store)
     signals = Signals()
     signals.install()
-    opened = open_store(settings.store_url)
+    opened = patiently(
+        lambda: open_store(settings.store_url), "open the store", signals, give_up_s=_OPENING_S
+    )
     with SpoolTracker(settings.spool, address(settings), on_run_id=run_ids_into(opened)) as tracker:
         Worker(
             store=opened,

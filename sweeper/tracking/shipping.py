@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 PATIENCE: Final = 10
 """How often the server may fail at the same records before they count as refused."""
+
+_AWAY_S: Final = 20.0
+"""Who has sent nothing for so long looks again what the server has of a run."""
 
 RunIdCallback = Callable[[str, str], None]
 """Called with a run's key and id as soon as the server has named it."""
@@ -68,6 +72,7 @@ class Shipper:
         self._dirty: set[_Place] = set()
         self._failures = 0
         self._warned: set[str] = set()
+        self._shipped_at = time.time()
         self.rejected = 0
 
     def ship(self, records: Sequence[Record]) -> list[Path]:
@@ -77,6 +82,9 @@ class Shipper:
         artifact files that have arrived and are not needed any more.
         """
         arrived: list[Path] = []
+        if time.time() - self._shipped_at > _AWAY_S:
+            for run in self._runs.values():  # another worker may have gone on with it meanwhile
+                run.steps = {}
         try:
             for record in records:
                 with self._refusals(record, record.data):
@@ -90,6 +98,7 @@ class Shipper:
             self._runs.clear()
             raise
         self._failures = 0
+        self._shipped_at = time.time()
         return arrived
 
     def _send(self, record: Record, arrived: list[Path]) -> None:

@@ -25,11 +25,18 @@ def pause_s(failures: int) -> float:
     return longest * random.uniform(0.5, 1)
 
 
-def patiently(call: Callable[[], T], what: str, signals: Signals, *, grace_s: float = 0.0) -> T:
+def patiently(
+    call: Callable[[], T],
+    what: str,
+    signals: Signals,
+    *,
+    grace_s: float = 0.0,
+    give_up_s: float = GIVE_UP_S,
+) -> T:
     """What ``call`` returns, as soon as the store answers.
 
-    Raises StoreUnreachableError after an hour, or ``grace_s`` after a signal; StoreRefusedError,
-    which no waiting mends, at once.
+    Raises StoreUnreachableError after ``give_up_s``, or ``grace_s`` after a signal, and
+    StoreRefusedError, which no waiting mends, at once.
     """
     began, failures = time.monotonic(), 0
     while True:
@@ -41,7 +48,7 @@ def patiently(call: Callable[[], T], what: str, signals: Signals, *, grace_s: fl
             failures += 1
             if failures == 1:
                 _log.warning("cannot %s yet, trying again: %s", what, error)
-            if time.monotonic() - began > GIVE_UP_S:
+            if time.monotonic() - began > give_up_s:
                 raise
             if signals.stopping and signals.waited_s() >= grace_s:
                 raise

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.settings import RUN_KEY_TAG
-from sweeper.tracking import RunStart, SpoolTracker, replay
+from sweeper.tracking import RunStart, SpoolTracker, replay, shipping
 from sweeper.tracking import mlflow as server
 from sweeper.tracking.batch import Batch
 from sweeper.tracking.journal import left_behind
@@ -341,6 +341,26 @@ def test_an_older_attempt_that_arrives_late_changes_neither_status_nor_tags(
     assert history(mlflow_server, first.experiment) == {
         first.key: [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0)]
     }
+
+
+def test_a_writer_that_was_away_doubles_nothing_that_its_successor_wrote(
+    begin: Begin, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = begin(at_ms=NOW), begin(at_ms=NOW + 1000)
+    with (
+        SpoolTracker(tmp_path, mlflow_server, writer="zombie") as zombie,
+        SpoolTracker(tmp_path, mlflow_server, writer="heir") as heir,
+    ):
+        zombie.start(first)
+        zombie.log(first.key, {"a": 1.0}, 1, NOW + 1)
+        assert zombie.flush(60) == 0
+        heir.start(second)
+        heir.log(second.key, {"a": 2.0}, 2, NOW + 2000)
+        assert heir.flush(60) == 0
+        monkeypatch.setattr(shipping, "_AWAY_S", -1.0)  # as after a long sleep
+        zombie.log(first.key, {"a": 2.5}, 2, NOW + 2)
+        assert zombie.flush(60) == 0
+    assert history(mlflow_server, first.experiment) == {first.key: [(1, 1.0), (2, 2.0)]}
 
 
 def test_the_address_may_change_and_may_be_unknown_at_first(
