@@ -7,7 +7,7 @@ what a browser interprets, and both are made here from numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sweeper.report.tables import Table
@@ -140,4 +140,3 @@ class Page:
     sections: tuple[Section, ...]
     links: tuple[tuple[str, str], ...] = ()
     footer: str = ""
-    facts: tuple[Facts, ...] = field(default=())

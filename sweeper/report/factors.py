@@ -28,8 +28,10 @@ class _Series:
     name: str
 
 
+_SIZE: Final = "model_parameters"
+
 _FIGURES: Final = (
-    ("parameters", "parameters", (_Series(metric="model_parameters", name="parameters"),)),
+    ("parameters", "parameters", (_Series(metric=_SIZE, name="parameters"),)),
     (
         "seconds",
         "seconds an epoch",
@@ -67,7 +69,7 @@ def factor_figures(data: StudyData) -> list[Figure]:
         ]
     return [
         figure
-        for metric, title in (("model_parameters", "parameters"), ("mean_seconds", "seconds"))
+        for metric, title in ((_SIZE, "parameters"), ("mean_seconds", "seconds"))
         if (figure := _trade_off(data, done, metric, title)) is not None
     ]
 
@@ -83,6 +85,8 @@ def _against_factor(
     spec = data.now.spec
     factor = short_names(data.factors)[path]
     points = [(setting(spec, config.resolved, config.params, path), config) for config in done]
+    if name == "parameters" and len({size for _, c in points if (size := c.metric(_SIZE))}) < 2:
+        return None
     numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x, _ in points)
     if numeric:
         points.sort(key=lambda point: float(point[0]))

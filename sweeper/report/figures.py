@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
+from sweeper.report.configurations import SEEDS
 from sweeper.report.drawing import figure_data
 from sweeper.report.wording import metric_title, short_names
 
@@ -37,7 +38,7 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
     "param_importances": (
         "Importance of the parameters",
         "How much of the objective's variation each parameter explains (PED-ANOVA).",
-        visualization.plot_param_importances,
+        lambda study: _importances(study),  # defined below
     ),
     "edf": (
         "Distribution of the objective",
@@ -46,7 +47,7 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
     ),
     "parallel_coordinate": (
         "Parallel coordinates",
-        "One line a completed trial. Drag along an axis to pick a range.",
+        "One line a completed trial; darker is better.",
         visualization.plot_parallel_coordinate,
     ),
     "slice": (
@@ -114,7 +115,7 @@ def _figure(name: str, title: str, caption: str, drawn: go.Figure, objective: st
     grid = name in {"contour", "rank"} and side > 1
     width = {"slice": _CELL_PX * panels, "contour": _CELL_PX * side, "rank": _CELL_PX * side}
     if name == "parallel_coordinate":
-        width[name] = _PARALLEL_WIDTH_PX * len(spec["data"][0].get("dimensions", ()))
+        width[name] = _PARALLEL_WIDTH_PX * len(layout.get("xaxis", {}).get("ticktext", ()))
     layout.pop("width", None)
     layout.pop("height", None)
     return Figure(
@@ -145,11 +146,15 @@ def _name_the_objective(spec: Any, objective: str) -> None:
 
 
 def readable(data: StudyData) -> optuna.Study:
-    """A copy in memory of the study's current trials, whose parameters have short names."""
+    """A copy in memory of the study's current trials, whose parameters have short names.
+
+    Seeds are left out: they tell repetitions apart, and there is nothing to learn from them.
+    """
     study = data.study.study
     trials = study.get_trials(deepcopy=False)
     counted = {row.number for row in data.now.rows if row.state != "retried"}
-    titles = short_names(sorted({path for trial in trials for path in trial.distributions}))
+    paths = {path for trial in trials for path in trial.distributions} - set(SEEDS)
+    titles = short_names(sorted(paths))
     copy = optuna.create_study(
         directions=study.directions,
         sampler=optuna.samplers.RandomSampler(),
@@ -171,8 +176,10 @@ def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
         values=trial.values,
         datetime_start=trial.datetime_start,
         datetime_complete=trial.datetime_complete,
-        params={titles[path]: value for path, value in trial.params.items()},
-        distributions={titles[path]: each for path, each in trial.distributions.items()},
+        params={titles[path]: each for path, each in trial.params.items() if path in titles},
+        distributions={
+            titles[path]: each for path, each in trial.distributions.items() if path in titles
+        },
         user_attrs={},
         system_attrs={},
         intermediate_values=trial.intermediate_values,
@@ -181,8 +188,19 @@ def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
 
 def _most_important(study: optuna.Study) -> list[str]:
     """The parameters that matter most: a contour of twenty would show nothing."""
-    importances = optuna.importance.get_param_importances(study)
-    names = list(importances)[:_CONTOUR_AT_MOST]
+    _several(study)
+    names = list(optuna.importance.get_param_importances(study))[:_CONTOUR_AT_MOST]
     if len(names) < 2:
-        raise ValueError("a contour needs two parameters")
+        raise ValueError("a contour needs two parameters that every trial has")
     return names
+
+
+def _importances(study: optuna.Study) -> go.Figure:
+    _several(study)
+    return visualization.plot_param_importances(study)
+
+
+def _several(study: optuna.Study) -> None:
+    """Raises ValueError for a study of one parameter, which explains everything."""
+    if len({name for trial in study.get_trials(deepcopy=False) for name in trial.params}) < 2:
+        raise ValueError("the figure needs two parameters")

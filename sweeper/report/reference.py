@@ -30,6 +30,7 @@ from sweeper.report.wording import (
 NOT_RUN = "not run"
 _GAP = 0.02  # two points of accuracy: a gap that wants an explanation
 _GAP_SHARE = 0.1  # of other metrics, in parts of what was reported
+_MARKED = "Marked: differences of more than two points of accuracy, or a tenth otherwise."
 _FIRST = (
     "test_accuracy",
     "test_accuracy_last",
@@ -184,12 +185,13 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
             cells.append(Cell(text=row.note))
         body.append(tuple(cells))
     source = spec.reference.source if spec.reference else ""
+    limit = spec.data.limit
     return Table(
         name="reference",
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note="Marked: differences of more than two points of accuracy, or a tenth otherwise.",
+        note=_MARKED + (f" Measured on {limit:,} training images at most." if limit else ""),
         open_rows=40,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,16 +48,27 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     found.quit()
 
 
+@pytest.fixture(scope="module")
+def written(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A study's page, written once."""
+
+    @functools.cache
+    def write(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        return write_report(home.data(name), home.settings, out=folder).page
+
+    return write
+
+
 @pytest.fixture
-def opened(browser: Any, home: Home, tmp_path: Path) -> Open:
+def opened(browser: Any, written: Callable[[str], Path]) -> Open:
     """Opens a study's report as high as it is, so that every figure is in view and drawn."""
 
     def open_(name: str, size: tuple[int, int] = DESKTOP, *, dark: bool = False) -> Any:
-        report = write_report(home.data(name), home.settings, out=tmp_path)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         _resize(browser, *size)
-        browser.get(report.page.as_uri())
+        browser.get(written(name).as_uri())
         _resize(browser, size[0], browser.execute_script("return document.body.scrollHeight"))
         _wait(
             browser,

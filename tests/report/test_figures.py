@@ -1,0 +1,188 @@
+"""Optuna's figures of a study: there where they can be, readable, and without active markup."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import replace
+from typing import Any
+
+import optuna
+import pytest
+from report.conftest import HOSTILE, Home, made, row
+
+from sweeper.report.curves import curves, curves_block
+from sweeper.report.drawing import embedded, figure_data
+from sweeper.report.figures import optuna_figures
+from sweeper.report.timeline import timeline
+from sweeper.store import open_store, queue, standing, studies
+from sweeper.study.spec import StudySpec
+
+
+def finished(tmp_path: Any, values: list[tuple[float, ...]], **sections: Any) -> Any:
+    """A stored study whose trials ended with these objectives, without training."""
+    spec = StudySpec.model_validate(
+        {"name": "quick", "data": {"name": "digits"}, "model": {"name": "mlp"}, **sections}
+    )
+    store = open_store(f"sqlite:///{tmp_path / 'store.db'}")
+    with store.exclusively():
+        study = studies.create(store, spec)
+        assert study is not None
+        queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+    for value in values:
+        claimed = queue.claim(store, study.id, "w")
+        assert claimed is not None
+        queue.values_of(spec, study.study, claimed)
+        queue.finish(store, study.study, claimed, outcome=queue.Outcome.COMPLETED, values=value)
+    now = standing(store, study)
+    store.close()
+    return replace(made(*now.rows, **spec.model_dump(mode="json", exclude_unset=True)), study=study)
+
+
+def strings(item: Any) -> list[str]:
+    """Every string in nested data."""
+    if isinstance(item, str):
+        return [item]
+    if isinstance(item, dict):
+        return [text for each in item.values() for text in strings(each)]
+    return [text for each in item for text in strings(each)] if isinstance(item, list) else []
+
+
+TWO = {"optimizer.lr": [0.1, 0.2], "optimizer.weight_decay": [0.0, 0.1]}
+ACCURACIES = [(0.1,), (0.5,), (0.4,), (0.2,)]
+
+
+def test_a_sweep_has_all_of_them(tmp_path: Any) -> None:
+    data = finished(tmp_path, ACCURACIES, search={"sampler": "grid"}, parameters=TWO)
+    figures = optuna_figures(data)
+    assert {figure.name for figure in figures} == {
+        "optimization_history",
+        "param_importances",
+        "parallel_coordinate",
+        "slice",
+        "contour",
+        "rank",
+        "edf",
+    }
+
+
+def test_parameters_have_short_names_and_the_objective_its_own(tmp_path: Any) -> None:
+    data = finished(tmp_path, ACCURACIES, search={"sampler": "grid"}, parameters=TWO)
+    figures = {figure.name: figure for figure in optuna_figures(data)}
+    axes = figures["parallel_coordinate"].spec["layout"]["xaxis"]["ticktext"]
+    assert axes == ["val accuracy", "lr", "weight decay"]
+    for figure in figures.values():
+        assert "Objective Value" not in strings(figure.spec)
+        assert "template" not in figure.spec["layout"]
+
+
+def test_a_seed_is_no_parameter_and_one_parameter_explains_everything(home: Home) -> None:
+    figures = {figure.name: figure for figure in optuna_figures(home.data("factor"))}
+    assert set(figures) == {"optimization_history", "edf", "parallel_coordinate", "slice"}
+    axes = figures["parallel_coordinate"].spec["layout"]["xaxis"]["ticktext"]
+    assert axes == ["val accuracy", "patch"]
+
+
+def test_hostile_values_are_text_in_every_figure(tmp_path: Any) -> None:
+    link = '<a href="http://evil.example">click</a>'
+    data = finished(
+        tmp_path,
+        ACCURACIES,
+        model={"name": "timm", "architecture": "x"},
+        search={"sampler": "grid"},
+        parameters={"model.architecture": [link, "plain"], "optimizer.lr": [0.1, 0.2]},
+    )
+    figures = optuna_figures(data)
+    assert len(figures) == 7
+    assert any("&lt;a href=" in text for figure in figures for text in strings(figure.spec))
+    for figure in figures:
+        assert not [text for text in strings(figure.spec) if "<a" in text]
+        assert "<" not in embedded(figure.spec)
+
+
+def test_several_objectives_have_a_pareto_front(tmp_path: Any) -> None:
+    data = finished(
+        tmp_path,
+        [(0.5, 1.0), (0.6, 2.0), (0.4, 3.0)],
+        objective=["val_accuracy", "seconds"],
+        search={"trials": 3, "sampler": "random"},
+        parameters={"optimizer.lr": {"low": 0.1, "high": 0.2}},
+    )
+    assert [figure.name for figure in optuna_figures(data)] == ["pareto_front"]
+
+
+def test_only_formatting_tags_of_a_figure_stay() -> None:
+    import plotly.graph_objects as go
+
+    drawn = go.Figure(go.Scatter(x=[1], y=[1], name=f"a<br><b>b</b>{HOSTILE}<B>c"))
+    name = figure_data(drawn)["data"][0]["name"]
+    assert name.startswith("a<br><b>b</b>&lt;script>")
+    assert "<img" not in name
+    assert "<B>" not in name
+
+
+def test_embedded_json_cannot_end_its_script_and_has_no_nan() -> None:
+    text = embedded({"a": "</script><!--", "b": [float("nan"), float("inf"), 1.5], "c": "\u2028"})
+    assert "<" not in text
+    assert "\u2028" not in text
+    assert json.loads(text) == {"a": "</script><!--", "b": [None, None, 1.5], "c": "\u2028"}
+
+
+@pytest.mark.parametrize(("trials", "coloured"), [(10, 10), (11, 8)])
+def test_many_trials_are_grey_but_for_the_best(trials: int, coloured: int) -> None:
+    rows = [
+        row(
+            number,
+            params={"optimizer.lr": 0.1 + number, "train.batch_size": 10 + number},
+            accuracy=number / 100,
+            history={1: 0.1, 2: number / 100},
+        )
+        for number in range(trials)
+    ]
+    data = made(
+        *rows,
+        parameters={
+            "optimizer.lr": {"low": 0.1, "high": 100.0},
+            "train.batch_size": {"low": 1, "high": 100},
+        },
+    )
+    lines = curves(data)
+    assert sum(line.highlighted for line in lines) == coloured
+    block = curves_block(lines)
+    assert block is not None
+    labels = [line.label for line in block.legend]
+    assert labels[0] == f"lr {0.1 + trials - 1:.4g}, batch size {9 + trials}"
+    assert (labels[-1] == "3 others") is (trials == 11)
+    (figure,) = block.figures  # the store knows the objective only
+    assert figure.title == "validation accuracy"
+    assert len(figure.spec["data"]) == trials
+
+
+def test_values_that_are_not_finite_leave_a_gap() -> None:
+    data = made(
+        row(0, accuracy=0.5, history={1: float("nan"), 2: 0.4, 3: float("inf"), 4: 0.5}),
+    )
+    block = curves_block(curves(data))
+    assert block is not None
+    assert block.figures[0].spec["data"][0]["x"] == [2, 4]
+
+
+def test_one_epoch_is_no_curve() -> None:
+    assert curves_block(curves(made(row(0, accuracy=0.5, history={1: 0.5})))) is None
+
+
+def test_long_names_of_workers_keep_their_ends_and_stay_apart() -> None:
+    long = "a-very-long-host-name-in-a-cluster"
+    figure = timeline(made(row(0, worker=f"{long}-1"), row(1, worker=f"{long}-2")))
+    assert figure is not None
+    assert figure.spec["data"][0]["y"] == ["…me-in-a-cluster-1", "…me-in-a-cluster-2"]
+    alike = timeline(made(row(0, worker=f"1{long}"), row(1, worker=f"2{long}")))
+    assert alike is not None
+    assert alike.spec["data"][0]["y"] == ["worker 1", "worker 2"]
+    assert html.escape("<") in str(timeline(made(row(0, worker="<"))))
+
+
+def test_optunas_own_logging_is_as_loud_afterwards_as_before(home: Home) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna_figures(home.data("sweep"))
+    assert optuna.logging.get_verbosity() == before
