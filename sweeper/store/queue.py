@@ -343,13 +343,14 @@ def remember_run(store: Store, study_name: str, origin: int, run_id: str) -> Non
 
     A trial that has ended meanwhile keeps none; its run is found by its tag instead.
     """
-    study_id = store.storage.get_study_id_from_name(study_name)
-    for trial in store.storage.get_all_trials(
-        study_id, deepcopy=False, states=(TrialState.RUNNING,)
-    ):
-        if trial.user_attrs.get(attr.ORIGIN, trial.number) == origin:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                store.storage.set_trial_user_attr(trial._trial_id, attr.RUN_ID, run_id)
+    with reaching(store.url):
+        study_id = store.storage.get_study_id_from_name(study_name)
+        for trial in store.storage.get_all_trials(
+            study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        ):
+            if trial.user_attrs.get(attr.ORIGIN, trial.number) == origin:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    store.storage.set_trial_user_attr(trial._trial_id, attr.RUN_ID, run_id)
 
 
 class _owned:  # noqa: N801 - reads as what it is, a context
@@ -365,7 +366,8 @@ class _owned:  # noqa: N801 - reads as what it is, a context
 
 def beat(store: Store, claimed: Claim) -> None:
     """Say that the trial's worker is alive."""
-    store.backend.record_heartbeat(claimed.trial_id)
+    with reaching(store.url):
+        store.backend.record_heartbeat(claimed.trial_id)
 
 
 def reap(store: Store, study_id: int, *, lost_after_s: float) -> list[int]:

@@ -29,6 +29,7 @@ class Heart(threading.Thread):
         self._claim: queue.Claim | None = None
         self._study_id: int | None = None
         self._interval_s = 10.0
+        self._missed = 0
         self._wake = threading.Event()
         self.asked = Control.RUN
 
@@ -58,5 +59,8 @@ class Heart(threading.Thread):
             try:
                 queue.beat(self._store, claimed)
                 self.asked = studies.control(self._store, study_id)
+                self._missed = 0
             except Exception as error:  # noqa: BLE001 - a beat must never end the thread
-                _log.warning("a heartbeat did not reach the store: %s", error)
+                self._missed += 1
+                level = logging.WARNING if self._missed == 1 else logging.DEBUG
+                _log.log(level, "a heartbeat did not reach the store: %s", error)
