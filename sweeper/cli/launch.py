@@ -87,14 +87,16 @@ def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
     from sweeper.cli.planning import print_plan, public, summary_line, survey
     from sweeper.cli.printing import print_json
 
-    surveys = [survey(spec, with_reference=reference) for spec in specs]
+    surveys = (survey(spec, with_reference=reference) for spec in specs)
     if json_:
         found = [public(surveyed) for surveyed in surveys]
         print_json(found[0] if len(found) == 1 else found)
-    elif len(surveys) == 1:
-        print_plan(surveys[0])
+    elif len(specs) == 1:
+        print_plan(next(surveys))
     else:
-        sys.stdout.write("".join(summary_line(surveyed) + "\n" for surveyed in surveys))
+        for surveyed in surveys:  # timing a model takes seconds: each is shown as it is known
+            sys.stdout.write(summary_line(surveyed) + "\n")
+            sys.stdout.flush()
 
 
 def _detach(specs: list[StudySpec], settings: Settings, *, reference: bool, extend: bool) -> None:

@@ -173,8 +173,8 @@ def print_plan(surveyed: Survey) -> None:
     extra = f", {surveyed.reference_trials} of them published" if surveyed.reference_trials else ""
     console.print(f"  {surveyed.trials} {kind}{extra}, {spec.train.epochs} epochs each")
     if surveyed.smallest is not None and surveyed.largest is not None:
-        sizes = {f"{surveyed.smallest:,}", f"{surveyed.largest:,}"}
-        console.print("  models of " + " to ".join(sorted(sizes, key=len)) + " parameters")
+        sizes = [f"{size:,}" for size in sorted({surveyed.smallest, surveyed.largest})]
+        console.print(f"  models of {' to '.join(sizes)} parameters")
     console.print(
         f"  about {duration(surveyed.seconds)} with {surveyed.workers} workers on this machine"
     )

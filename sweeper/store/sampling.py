@@ -178,6 +178,7 @@ def preview(spec: StudySpec, count: int) -> list[dict[str, Any]]:
 
     They are what trials 0, 1, … get, as long as the sampler has no results to learn from.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         directions=[objective.direction for objective in spec.objective], pruner=pruner(spec)
     )
