@@ -198,6 +198,8 @@ def test_a_killed_worker_loses_nothing(sweeper: Sweeper) -> None:
     assert [row["state"] for row in rows].count("complete") == 3
     assert [row["state"] for row in rows].count("retried") == 1
     assert next(row for row in rows if row["state"] == "retried")["outcome"] == "lost"
+    assert "agree on all 3 trials" in sweeper.run("doctor", "--study", "small")
+    assert not list((sweeper.folder / ".sweeper/checkpoints").iterdir())
 
 
 def test_interrupted_once_trials_go_back_and_a_launch_goes_on(sweeper: Sweeper) -> None:
@@ -213,6 +215,9 @@ def test_interrupted_once_trials_go_back_and_a_launch_goes_on(sweeper: Sweeper) 
     result = sweeper.json("launch", file, "--workers", "2")
     assert result["trials"]["complete"] == 2
     assert result["trials"]["retried"] == 0
+    assert "agree on all 2 trials" in sweeper.run("doctor", "--study", "small")
+    logs = (sweeper.folder / ".sweeper/logs/small").glob("*.log")
+    assert any("goes on after epoch" in log.read_text() for log in logs)
 
 
 def test_workers_end_when_their_launch_is_killed(sweeper: Sweeper) -> None:
