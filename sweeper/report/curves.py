@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sweeper.report.blocks import Curves, Figure, Line
@@ -13,7 +13,7 @@ from sweeper.report.collect import StudyData
 from sweeper.report.configurations import Configuration, setting
 from sweeper.report.drawing import OTHERS, colour, faint, layout, numbers, plain
 from sweeper.report.leaderboard import described
-from sweeper.report.wording import metric_title, plural, short_names, value
+from sweeper.report.wording import metric_title, plural
 from sweeper.tracking.history import CURVES
 
 _ALL_COLOURED: Final = 10
@@ -30,7 +30,7 @@ class Curve:
     label: str
     hint: str
     series: Mapping[str, Mapping[int, Sequence[float]]]
-    highlighted: bool = field(default=True)
+    highlighted: bool = True
 
 
 def curves(data: StudyData) -> list[Curve]:
@@ -77,16 +77,17 @@ def _position(data: StudyData, config: Configuration) -> tuple[int, float, int]:
 
 def label(data: StudyData, config: Configuration) -> str:
     """A configuration's name in a legend: its value of the factor, or its trial and values."""
-    spec = data.now.spec
-    several = f" ({plural(len(config.rows), 'seed')})" if len(config.rows) > 1 else ""
-    values = [value(setting(spec, config.resolved, config.params, path)) for path in data.factors]
-    if not values:
-        return f"trial {config.rows[0].number}" if not several else f"all trials{several}"
-    if len(values) == 1:
-        return f"{short_names(data.factors)[data.factors[0]]} {values[0]}{several}"
-    if len(values) <= _NAMED_BY_VALUES:
-        return f"{described(data, config)}{several}"
-    return f"trial {config.rows[0].number}{several}"
+    sizes = {len(each.rows) for each in data.found}
+    seeds = f" ({plural(len(config.rows), 'seed')})" if len(sizes) > 1 else ""
+    if not data.factors:
+        trials = len(config.rows)
+        return f"trial {config.rows[0].number}" if trials == 1 else f"mean of {trials} trials"
+    if len(data.factors) == 1:
+        found = setting(data.now.spec, config.resolved, config.params, data.factors[0])
+        return f"{found if isinstance(found, str) else described(data, config)}{seeds}"
+    if len(data.factors) <= _NAMED_BY_VALUES:
+        return f"{described(data, config)}{seeds}"
+    return f"trial {config.rows[0].number}{seeds}"
 
 
 def over_trials(histories: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:

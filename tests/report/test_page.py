@@ -151,7 +151,7 @@ def test_curves_have_a_line_for_each_value_of_the_factor(page: Callable[..., Out
     found = page("factor", with_model=False)
     for metric in ("train-loss", "val-loss", "train-accuracy", "val-accuracy"):
         lines = [t for t in found.figure(f"curves-{metric}")["data"] if "name" in t]
-        assert [line["name"] for line in lines] == ["patch 2 (2 seeds)", "patch 4 (2 seeds)"]
+        assert [line["name"] for line in lines] == ["patch 2", "patch 4"]
         assert all(line["x"] == [1, 2, 3] for line in lines)
     pressed = [a for tag, a in found.tags if tag == "button" and "data-line" in a]
     assert [a["data-line"] for a in pressed] == ["line0", "line1"]
@@ -165,7 +165,7 @@ def test_a_curve_is_the_mean_over_the_seeds(page: Callable[..., Outline], data: 
         for epoch in (1, 2, 3)
     ]
     drawn = page("factor", with_model=False).figure("curves-val-loss")["data"]
-    line = next(trace for trace in drawn if trace.get("name") == "patch 4 (2 seeds)")
+    line = next(trace for trace in drawn if trace.get("name") == "patch 4")
     assert line["y"] == pytest.approx(wanted, rel=1e-5)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.mlflow
 
 
 def test_the_studys_run_has_the_report_and_the_best_trial_the_model(
-    home: Home, tmp_path: Path
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LocalServer(home.settings) as server:
         data = home.data("colour")
@@ -44,6 +44,7 @@ def test_the_studys_run_has_the_report_and_the_best_trial_the_model(
     assert [version.name for version in registered] == ["colour"]
     outputs = client.get_run(run_id).outputs.model_outputs
     logged = client.get_logged_model(outputs[0].model_id)
+    monkeypatch.chdir(tmp_path)  # where MLflow puts a database of its own as it loads
     loaded = library.pyfunc.load_model(logged.artifact_location)
     module, example = report.model.deployable()
     with torch.inference_mode():
