@@ -100,10 +100,13 @@ def test_the_report_is_written_and_named(launched: Launched) -> None:
     assert "could not be made" not in page
 
 
-def test_the_best_model_loads_and_predicts(launched: Launched) -> None:
+def test_the_best_model_loads_and_predicts(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
     import numpy as np
 
+    monkeypatch.chdir(tmp_path)  # pyfunc opens a database of its own where it stands
     _, result = launched
     client = mlflow.MlflowClient(result["tracking_uri"])
     best = f"{result['best']['number']:04d}"
