@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from sweeper.cli import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
