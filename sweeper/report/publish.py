@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sweeper import settings as names
 from sweeper.errors import SweeperError
+from sweeper.measurement import FINAL_METRICS
 from sweeper.provenance import command, commit, versions
 from sweeper.report.collect import StudyData
 from sweeper.report.write import Report
@@ -56,8 +57,7 @@ def publish(data: StudyData, report: Report, settings: Settings, tracking_uri: s
             key,
             status="FINISHED",
             end_time_ms=round(time.time() * 1000),
-            metrics=_metrics(now),
-            tags={"sweeper.best_trial": str(now.best.number) if now.best else "none"},
+            tags=_result_tags(now),
         )
         tracker.flush(60.0)
     if report.model is not None:
@@ -77,11 +77,19 @@ def _tags(data: StudyData) -> dict[str, str]:
     return tags
 
 
-def _metrics(now: Standing) -> dict[str, float]:
-    found = {f"trials_{state}": float(count) for state, count in now.counts.items()}
+def _result_tags(now: Standing) -> dict[str, str]:
+    """How the study stands. Tags, not metrics: those would be charts among the trials' own, and
+    keep their first value when the study is extended."""
+    counts = ", ".join(f"{count} {state}" for state, count in now.counts.items() if count)
+    tags = {"sweeper.trials": counts, "sweeper.best_trial": "none"}
     if now.best is not None:
-        found |= {f"best_{name}": value for name, value in now.best.metrics.items()}
-    return found
+        shown: dict[str, float] = {now.spec.objective[0].metric: now.best.values[0]}
+        shown |= {
+            name: now.best.metrics[name] for name in FINAL_METRICS.keys() & now.best.metrics.keys()
+        }
+        tags["sweeper.best_trial"] = str(now.best.number)
+        tags |= {f"sweeper.best.{name}": f"{value:.6g}" for name, value in shown.items()}
+    return tags
 
 
 def _log_best_model(data: StudyData, model: BestModel, tracking_uri: str) -> None:
