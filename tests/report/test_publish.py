@@ -52,14 +52,18 @@ def test_the_studys_run_has_the_report_and_the_best_trial_the_model(
     assert loaded.predict(example) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_report_read_again_knows_the_command_of_the_launch(home: Home, tmp_path: Path) -> None:
+def test_a_report_read_again_knows_the_command_of_the_launch(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever writes the report later did not start the study."""
     from sweeper.report.collect import collect
     from sweeper.store import studies
 
     data = home.data("sweep")
     report = write_report(data, home.settings, out=tmp_path, with_model=False)
+    monkeypatch.setattr("sys.argv", ["/bin/sweeper", "launch", "sweep.yaml"])
     publish(data, report, home.settings, home.settings.embedded_tracking_uri)
+    monkeypatch.setattr("sys.argv", ["/bin/sweeper", "report", "sweep"])
     again = collect(home.store, studies.load(home.store, "sweep"), home.settings)
-    assert again.command.startswith("sweeper ")
+    assert again.command == "sweeper launch sweep.yaml"
     assert report.model is None
