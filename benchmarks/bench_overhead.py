@@ -46,16 +46,17 @@ STUDY: dict[str, Any] = {
 }
 
 
-def calibrated(seconds: float) -> int:
-    """How many epochs of the study's model take ``seconds`` on this machine."""
+def calibrated(seconds: float, epochs: int) -> int:
+    """How many blocks the model needs for ``epochs`` epochs to take ``seconds`` on this machine."""
     spec = StudySpec.model_validate({**STUDY, "search": {"trials": 1}})
     training = prepare(spec.trial_config({}), folder=Path())
-    epochs = training.epochs()
-    next(epochs)
+    measured = training.epochs()
+    next(measured)
     began = time.perf_counter()
     for _ in range(5):
-        next(epochs)
-    return max(5, round(seconds / ((time.perf_counter() - began) / 5)))
+        next(measured)
+    a_block_s = (time.perf_counter() - began) / 5 / STUDY["model"]["blocks"]
+    return max(1, round(seconds / epochs / a_block_s))
 
 
 def bare(spec: StudySpec, trials: int) -> float:
@@ -126,11 +127,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of one trial")
+    parser.add_argument("--epochs", type=int, default=30, help="of one trial")
     parser.add_argument("--store", help="URL of a store; SQLite in a new folder by default")
     options = parser.parse_args()
-    epochs = calibrated(options.seconds)
+    blocks = calibrated(options.seconds, options.epochs)
     print(f"{cpu_name()}, {platform.platform()}; {versions()}")
-    print(f"{options.trials} trials of {epochs} epochs each, {options.pairs} pairs")
+    print(f"{options.trials} trials of {options.epochs} epochs each, {options.pairs} pairs")
     ratios, shares = [], []
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings.resolve(home=folder, store=options.store, environment=os.environ)
@@ -141,7 +143,8 @@ def main() -> None:
                     {
                         **STUDY,
                         "name": f"overhead-{os.getpid()}-{pair}",
-                        "train": {**STUDY["train"], "epochs": epochs},
+                        "model": {**STUDY["model"], "blocks": blocks},
+                        "train": {**STUDY["train"], "epochs": options.epochs},
                         "search": {**STUDY["search"], "trials": options.trials},
                     }
                 )

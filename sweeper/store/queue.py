@@ -48,6 +48,8 @@ from sweeper.study.spec import Faults, Grid, ReferenceOnly, StudySpec
 
 _AHEAD: Final = 16
 _PRUNER_SLACK_S: Final = 1.0
+_KEEP_RUNGS: Final = (optuna.pruners.SuccessiveHalvingPruner, optuna.pruners.HyperbandPruner)
+"""Pruners that write what they decided into the trial and must read it back fresh."""
 _ERROR_CHARACTERS: Final = 8000
 
 
@@ -260,18 +262,27 @@ def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) ->
             store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, series[epoch])
 
 
-def should_prune(store: Store, study: optuna.Study, claimed: Claim, epoch: int) -> bool:
+def should_prune(
+    store: Store, study: optuna.Study, claimed: Claim, epoch: int, told: Mapping[int, float]
+) -> bool:
     """Whether the study's pruner would end the trial after ``epoch``.
 
-    It compares with the other trials as they were up to a second ago. What an earlier attempt
-    reported of later epochs does not count.
+    It compares with the other trials as they were up to a second ago; ``told`` are the trial's own
+    values (epoch → value) that may be newer than that. What an earlier attempt reported of later
+    epochs does not count.
     """
     if isinstance(study.pruner, optuna.pruners.NopPruner) or len(study.directions) > 1:
         return False
     with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
-        frozen = copy.copy(store.storage.get_trial(claimed.trial_id))
+        if isinstance(study.pruner, _KEEP_RUNGS):
+            known = store.storage.get_trial(claimed.trial_id)
+        else:
+            known = study.get_trials(deepcopy=False)[claimed.number]
+        frozen = copy.copy(known)
         frozen.intermediate_values = {
-            step: value for step, value in frozen.intermediate_values.items() if step <= epoch
+            step: value
+            for step, value in {**known.intermediate_values, **told}.items()
+            if step <= epoch
         }
         return bool(study.pruner.prune(study, frozen))
 

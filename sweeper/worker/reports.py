@@ -30,6 +30,7 @@ class Reports:
         self._claimed = claimed
         self._changed = threading.Condition()
         self._due: deque[tuple[int, float, bool]] = deque()
+        self._told: dict[int, float] = {}
         self._away = self._closed = self._prune = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -88,8 +89,9 @@ class Reports:
                 decide = decide and len(self._due) == 1
             try:
                 queue.report(self._store, self._claimed, epoch, value)
+                self._told[epoch] = value
                 prune = decide and queue.should_prune(
-                    self._store, self._study.study, self._claimed, epoch
+                    self._store, self._study.study, self._claimed, epoch, self._told
                 )
             except StoreRefusedError as error:
                 self._end(error)

@@ -242,10 +242,24 @@ def test_the_pruner_does_not_look_ahead(store: Store, started: Start) -> None:
     study = started(search={"trials": 1, "pruner": {"name": "threshold", "lower": 0.5}})
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
-    for epoch, value in ((1, 0.9), (2, 0.1)):
+    told = {1: 0.9, 2: 0.1}
+    for epoch, value in told.items():
         queue.report(store, claimed, epoch, value)
-    assert not queue.should_prune(store, study.study, claimed, 1)
-    assert queue.should_prune(store, study.study, claimed, 2)
+    assert not queue.should_prune(store, study.study, claimed, 1, told)
+    assert queue.should_prune(store, study.study, claimed, 2, told)
+
+
+def test_the_pruner_knows_what_was_told_a_moment_ago(store: Store, started: Start) -> None:
+    study = started(
+        search={"trials": 1, "pruner": {"name": "threshold", "lower": 0.5, "min_epochs": 1}}
+    )
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    with store.storage.recent(60):
+        store.storage.get_all_trials(study.id, deepcopy=False)  # read before the report
+        queue.report(store, claimed, 1, 0.1)
+        assert not queue.should_prune(store, study.study, claimed, 1, {})
+        assert queue.should_prune(store, study.study, claimed, 1, {1: 0.1})
 
 
 def test_a_beat_keeps_a_trial(store: Store, started: Start) -> None:
