@@ -232,7 +232,7 @@ class Sweep:
 def _stop_if_all_alike(now: Standing) -> None:
     """Where the first trials all fail with one message, the rest would too."""
     ended = [row for row in now.rows if row.state in {"complete", "pruned", "failed"}]
-    if not _ALIKE <= len(ended) <= 2 * _ALIKE:
+    if len(ended) < _ALIKE:
         return
     if any(row.outcome not in {Outcome.CRASHED, Outcome.INVALID} for row in ended):
         return
