@@ -24,6 +24,8 @@ from sweeper.report.wording import metric_title, short_names
 _log = logging.getLogger(__name__)
 
 _CONTOUR_AT_MOST: Final = 4
+_FEW: Final = 30
+"""PED-ANOVA looks at what the best tenth have in common: of few trials that is one or two."""
 _PARALLEL_WIDTH_PX: Final = 110
 _CELL_PX: Final = 250
 
@@ -37,7 +39,7 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
     ),
     "param_importances": (
         "Importance of the parameters",
-        "How much of the objective's variation each parameter explains (PED-ANOVA).",
+        f"How much each parameter matters: by PED-ANOVA, below {_FEW} trials by fANOVA.",
         lambda study: _importances(study),  # defined below
     ),
     "edf": (
@@ -189,7 +191,8 @@ def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
 def _most_important(study: optuna.Study) -> list[str]:
     """The parameters that matter most: a contour of twenty would show nothing."""
     _several(study)
-    names = list(optuna.importance.get_param_importances(study))[:_CONTOUR_AT_MOST]
+    found = optuna.importance.get_param_importances(study, evaluator=_evaluator(study))
+    names = list(found)[:_CONTOUR_AT_MOST]
     if len(names) < 2:
         raise ValueError("a contour needs two parameters that every trial has")
     return names
@@ -197,7 +200,14 @@ def _most_important(study: optuna.Study) -> list[str]:
 
 def _importances(study: optuna.Study) -> go.Figure:
     _several(study)
-    return visualization.plot_param_importances(study)
+    return visualization.plot_param_importances(study, evaluator=_evaluator(study))
+
+
+def _evaluator(study: optuna.Study) -> optuna.importance.BaseImportanceEvaluator:
+    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    if len(complete) < _FEW:
+        return optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.PedAnovaImportanceEvaluator()
 
 
 def _several(study: optuna.Study) -> None:

@@ -26,6 +26,7 @@ from sweeper.report.wording import (
     signed,
     value,
 )
+from sweeper.study.spec import StudySpec
 
 NOT_RUN = "not run"
 _GAP = 0.02  # two points of accuracy: a gap that wants an explanation
@@ -185,15 +186,21 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
             cells.append(Cell(text=row.note))
         body.append(tuple(cells))
     source = spec.reference.source if spec.reference else ""
-    limit = spec.data.limit
     return Table(
         name="reference",
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note=_MARKED + (f" Measured on {limit:,} training images at most." if limit else ""),
+        note=f"{_MARKED} Measured after {_length(spec)}.",
         open_rows=40,
     )
+
+
+def _length(spec: StudySpec) -> str:
+    """How long was trained: a table of a shortened study must say so itself."""
+    epochs = spec.parameters.get("train.epochs")
+    length = "the epochs of each row" if epochs else plural(spec.train.epochs, "epoch")
+    return length + (f" of at most {spec.data.limit:,} training images" if spec.data.limit else "")
 
 
 def _figures(row: Published, name: str) -> list[Cell]:
