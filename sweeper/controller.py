@@ -5,13 +5,16 @@ It holds nothing that the store does not: killed at any moment, another one goes
 
 from __future__ import annotations
 
+import ipaddress
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
+
+from sqlalchemy.engine import make_url
 
 from sweeper import checkpoints
 from sweeper.errors import (
@@ -23,8 +26,8 @@ from sweeper.errors import (
     UsageError,
     WorkersFailedError,
 )
-from sweeper.launchers import Job, Launcher, Process
-from sweeper.settings import Settings
+from sweeper.launchers import PYTHON, Job, Launcher, Process
+from sweeper.settings import LAUNCHER_VARIABLE, Settings, masked
 from sweeper.store import (
     Control,
     Outcome,
@@ -142,18 +145,25 @@ class Sweep:
 
     @property
     def job(self) -> Job:
-        """The command line of one worker."""
+        """The command line of one worker. Only one on this machine can end with this process."""
+        tied = [] if self.launcher.elsewhere else ["--tied"]
         return Job(
-            argv=[sys.executable, "-m", "sweeper", "worker", self.study.name, "--tied"],
-            environment={**self.settings.environment(), **self.environment},
+            argv=[PYTHON, "-m", "sweeper", "worker", self.study.name, *tied],
+            environment={
+                **self.settings.environment(),
+                LAUNCHER_VARIABLE: self.launcher.name,
+                **self.environment,
+            },
             gpus=self.study.spec.resources.gpus_per_worker,
             logs=self.settings.logs(self.study.name),
         )
 
     def start(self) -> None:
-        """Start as many workers as there is work for."""
+        """Start as many workers as there is work for, beside those of an earlier launch."""
         now = standing(self.store, self.study)
-        self.launcher.start(self.job, min(self.workers, now.budget - now.ended))
+        missing = min(self.workers, now.budget - now.ended) - len(self.alive)
+        if missing > 0:
+            self.launcher.start(self.job, missing)
 
     @property
     def alive(self) -> list[Process]:
@@ -227,6 +237,36 @@ class Sweep:
                     queue.return_trials_of(self.store, self.study.id, process.name)
             except StoreUnreachableError as error:
                 _log.warning("the trials of the workers that were ended count as lost: %s", error)
+
+
+def refuse_if_out_of_reach(settings: Settings, launcher: Launcher) -> None:
+    """Raise UsageError where workers on other machines could not use ``settings``."""
+    if not launcher.elsewhere:
+        return
+    store = make_url(settings.store_url)
+    if store.get_backend_name() == "sqlite" or _is_this_machine(store.host):
+        raise UsageError(
+            f"workers that {launcher.name} starts must reach the store from other machines, but "
+            f"{masked(settings.store_url)} is on this machine alone; "
+            "give --store postgresql+psycopg://user@host/database"
+        )
+    uri = settings.tracking_uri
+    if uri is None or not uri.startswith("http") or _is_this_machine(urlsplit(uri).hostname):
+        found = f"MLFLOW_TRACKING_URI is {masked(uri)}" if uri else "MLFLOW_TRACKING_URI is not set"
+        raise UsageError(
+            f"workers that {launcher.name} starts must reach MLflow from other machines, but "
+            f"{found}, which serves this machine alone; "
+            "start a server and set MLFLOW_TRACKING_URI=http://host:port"
+        )
+
+
+def _is_this_machine(host: str | None) -> bool:
+    if not host or host == "localhost" or host.startswith("/"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _stop_if_all_alike(now: Standing) -> None:

@@ -8,13 +8,16 @@ The order is: flag, then environment, then default. Nobody else builds or parses
 ``SWEEPER_DATA``      folder of the data sets (``~/.cache/sweeper/data``)
 ``SWEEPER_CHECKPOINTS`` folder or fsspec URL of the checkpoints (``checkpoints`` in the home folder)
 ``SWEEPER_WORKER``    name of this worker (host and process id)
+``SWEEPER_LAUNCHER``  what started this worker: ``local``, ``ray``, ``slurm``
 ``MLFLOW_TRACKING_URI`` MLflow server (one is started on 127.0.0.1)
 ===================== =========================================================================
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +25,9 @@ from pathlib import Path
 from typing import Final, Self
 
 from sqlalchemy.engine import URL, make_url
+
+WORKER_VARIABLE: Final = "SWEEPER_WORKER"
+LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
 
 RUN_KEY_TAG: Final = "sweeper.key"
 STUDY_TAG: Final = "sweeper.study"
@@ -143,12 +149,30 @@ def masked(url: str) -> str:
 
 def worker_name() -> str:
     """This process's name among the workers of a store: ``SWEEPER_WORKER`` or host and pid."""
-    return os.environ.get("SWEEPER_WORKER") or f"{socket.gethostname()}-{os.getpid()}"
+    return os.environ.get(WORKER_VARIABLE) or f"{socket.gethostname()}-{os.getpid()}"
 
 
 def local_worker_name(index: int) -> str:
     """The name of the ``index``-th worker that this process starts on this machine."""
     return f"{socket.gethostname()}-{os.getpid()}-{index}"
+
+
+def cluster_worker_name(keeper: str) -> str:
+    """A new name for a worker that something called ``keeper`` starts on this machine.
+
+    No two workers share one, whatever became of the first: one that was cut off may come back.
+    """
+    return f"{socket.gethostname()}-{keeper}-{secrets.token_hex(3)}"
+
+
+def group_name(store_url: str, study: str) -> str:
+    """What a cluster calls the workers of a study: no study of another store has the same name.
+
+    The login does not count, so that a new password finds the workers of before.
+    """
+    url = make_url(store_url)
+    place = (url.get_backend_name(), url.host, url.port, url.database, study)
+    return f"{study}-{hashlib.sha256(repr(place).encode()).hexdigest()[:8]}"
 
 
 def run_name(trial_number: int) -> str:

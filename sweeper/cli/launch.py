@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -13,11 +14,12 @@ import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
 from sweeper.errors import StoreUnreachableError, TrackerUnreachableError, UsageError
-from sweeper.settings import Settings
+from sweeper.settings import Settings, group_name
 
 if TYPE_CHECKING:
     from sweeper.cli.view import View
-    from sweeper.controller import Sweep
+    from sweeper.controller import Prepared, Sweep
+    from sweeper.launchers import Launcher, LauncherName
     from sweeper.report.collect import StudyData
     from sweeper.report.write import Report
     from sweeper.store import Standing, Store, StoredStudy
@@ -40,7 +42,8 @@ def launch(
         int | None, typer.Option(min=1, help="Number of workers. [default: as the file says]")
     ] = None,
     launcher: Annotated[
-        Literal["local"], typer.Option(help="Where workers are started.")
+        Literal["local", "ray", "slurm"],
+        typer.Option(help="Where workers are started: on this machine or on a cluster."),
     ] = "local",
     reference: Annotated[
         bool, typer.Option("--reference", help="Run the published configurations first.")
@@ -49,7 +52,10 @@ def launch(
         bool, typer.Option("--extend", help="Add to the budget of a study that is there.")
     ] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Enqueue the trials only; other workers train them.")
+        bool,
+        typer.Option(
+            "--detach", help="Enqueue the trials, start the workers of a cluster's launcher, leave."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")
@@ -69,12 +75,14 @@ def launch(
         _dry_run(specs, reference=reference, json_=json_)
         return
     settings = Settings.resolve(home=home, store=store)
+    how = _How(
+        launcher=launcher, workers=workers, reference=reference, extend=extend, detached=detach
+    )
     if detach:
-        _detach(specs, settings, reference=reference, extend=extend)
+        for spec in specs:
+            _detach(spec, settings, how)
         return
-    results = [
-        _run(spec, settings, workers=workers, reference=reference, extend=extend) for spec in specs
-    ]
+    results = [_run(spec, settings, how) for spec in specs]
     if json_:
         from sweeper.cli.printing import print_json
 
@@ -99,14 +107,62 @@ def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
             sys.stdout.flush()
 
 
-def _detach(specs: list[StudySpec], settings: Settings, *, reference: bool, extend: bool) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _How:
+    """What was typed beside the study file."""
+
+    launcher: LauncherName
+    workers: int | None
+    reference: bool
+    extend: bool
+    detached: bool
+
+    def open_launcher(self, spec: StudySpec, settings: Settings) -> Launcher:
+        """The launcher, where its workers can reach the store and MLflow."""
+        from sweeper.controller import refuse_if_out_of_reach
+        from sweeper.launchers import Group, open_launcher
+
+        group = Group(
+            name=group_name(settings.store_url, spec.name),
+            logs=settings.logs(spec.name),
+            resources=spec.resources,
+            detached=self.detached,
+        )
+        opened = open_launcher(self.launcher, group)
+        refuse_if_out_of_reach(settings, opened)
+        return opened
+
+    def sweep(
+        self, opened: Store, prepared: Prepared, settings: Settings, launcher: Launcher
+    ) -> Sweep:
+        """The study with as many workers as were asked for, or as there is room for."""
+        from sweeper.controller import Sweep
+
+        resources = prepared.study.spec.resources
+        wanted = self.workers or resources.workers
+        count = launcher.fitting(resources.gpus_per_worker) if wanted == "auto" else int(wanted)
+        return Sweep(
+            store=opened,
+            settings=settings,
+            study=prepared.study,
+            launcher=launcher,
+            workers=count,
+        )
+
+
+def _detach(spec: StudySpec, settings: Settings, how: _How) -> None:
+    """Enqueue a study's trials, and start the workers that outlive this process."""
     from sweeper.controller import prepare
     from sweeper.store import open_store
 
+    launcher = None if how.launcher == "local" else how.open_launcher(spec, settings)
     opened = open_store(settings.store_url)
-    for spec in specs:
-        prepared = prepare(opened, spec, with_reference=reference, extend=extend)
-        sys.stderr.write(f"{spec.name}: {prepared.enqueued} trials are waiting for workers\n")
+    prepared = prepare(opened, spec, with_reference=how.reference, extend=how.extend)
+    sys.stderr.write(f"{spec.name}: {prepared.enqueued} trials are waiting for workers\n")
+    if launcher is not None:
+        sweep = how.sweep(opened, prepared, settings, launcher)
+        sweep.start()
+        sys.stderr.write(f"{spec.name}: {len(sweep.alive)} workers on {launcher.name}\n")
 
 
 class _Interrupts:
@@ -128,31 +184,21 @@ class _Interrupts:
             signal.signal(number, handler)
 
 
-def _run(
-    spec: StudySpec, settings: Settings, *, workers: int | None, reference: bool, extend: bool
-) -> dict[str, Any]:
+def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     """One study, from its spec to its result."""
     from sweeper.cli.view import view
-    from sweeper.controller import Sweep, prepare
-    from sweeper.launchers import LocalLauncher, automatic_workers
+    from sweeper.controller import prepare
     from sweeper.store import open_store, standing
     from sweeper.tracking import TrackingService
 
     began = time.monotonic()
+    launcher = how.open_launcher(spec, settings)
     opened = open_store(settings.store_url)
-    prepared = prepare(opened, spec, with_reference=reference, extend=extend)
+    prepared = prepare(opened, spec, with_reference=how.reference, extend=how.extend)
     if not prepared.new:
         sys.stderr.write(f"{spec.name}: resumed, {prepared.enqueued} trials added\n")
-    wanted = workers or spec.resources.workers
-    count = automatic_workers(spec.resources.gpus_per_worker) if wanted == "auto" else int(wanted)
     with _Interrupts() as interrupts, TrackingService(settings) as service:
-        sweep = Sweep(
-            store=opened,
-            settings=settings,
-            study=prepared.study,
-            launcher=LocalLauncher(),
-            workers=count,
-        )
+        sweep = how.sweep(opened, prepared, settings, launcher)
         try:
             with view(lambda: service.uri) as shown:
                 _watch(sweep, interrupts, shown, service)

@@ -1,6 +1,44 @@
-"""Launchers start workers: here on this machine, later on Ray and SLURM clusters."""
+"""Launchers start workers: here on this machine, or on Ray and SLURM clusters."""
 
-from sweeper.launchers.base import Job, Launcher, Process
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Final, Literal
+
+from sweeper.launchers.base import PYTHON, Group, Job, Launcher, Process
 from sweeper.launchers.local import LocalLauncher, automatic_workers
 
-__all__ = ["Job", "Launcher", "LocalLauncher", "Process", "automatic_workers"]
+__all__ = [
+    "LAUNCHERS",
+    "PYTHON",
+    "Group",
+    "Job",
+    "Launcher",
+    "LauncherName",
+    "LocalLauncher",
+    "Process",
+    "automatic_workers",
+    "open_launcher",
+]
+
+LauncherName = Literal["local", "ray", "slurm"]
+
+LAUNCHERS: Final[Mapping[LauncherName, tuple[str, str]]] = {
+    "local": ("sweeper.launchers.local", "LocalLauncher"),
+    "ray": ("sweeper.launchers.ray", "RayLauncher"),
+    "slurm": ("sweeper.launchers.slurm", "SlurmLauncher"),
+}
+"""Module and class of each; the class is called with a :class:`Group`. Loaded when asked for."""
+
+
+def open_launcher(name: LauncherName, group: Group) -> Launcher:
+    """The launcher called ``name``, for the workers of ``group``.
+
+    Raises:
+        UsageError: what it needs is not here (a cluster, a program).
+        MissingExtraError: the package it needs is not installed.
+    """
+    module, attribute = LAUNCHERS[name]
+    opened: Launcher = getattr(import_module(module), attribute)(group)
+    return opened

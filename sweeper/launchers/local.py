@@ -6,15 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sweeper.launchers.base import Job, Process, tail
-from sweeper.settings import local_worker_name
-
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+from sweeper.launchers.base import THREAD_VARIABLES, Group, Job, Process, tail
+from sweeper.settings import WORKER_VARIABLE, local_worker_name
 
 
 @cache
@@ -86,8 +85,16 @@ class LocalLauncher:
     A terminal's Ctrl-C therefore reaches the controller only, which asks the workers to end.
     """
 
-    def __init__(self) -> None:
+    name = "local"
+    elsewhere = False
+
+    def __init__(self, group: Group | None = None) -> None:
+        """``group`` is of no use here: nothing outlives this process."""
         self._children: list[_Child] = []
+
+    def fitting(self, gpus: float) -> int:
+        """As many as the GPUs allow, or one a core without any."""
+        return automatic_workers(gpus)
 
     def start(self, job: Job, count: int) -> list[Process]:
         """Start ``count`` workers on the devices that no living worker holds."""
@@ -103,14 +110,14 @@ class LocalLauncher:
         name = local_worker_name(len(self._children))
         device = devices(slot, job.gpus)
         log = job.logs / f"{name}.log"
-        environment = {**os.environ, **job.environment, "SWEEPER_WORKER": name}
+        environment = {**os.environ, **job.environment, WORKER_VARIABLE: name}
         environment["CUDA_VISIBLE_DEVICES"] = device
         if not device:
-            for variable in _THREAD_VARIABLES:
+            for variable in THREAD_VARIABLES:
                 environment.setdefault(variable, "1")
         with log.open("ab") as stream:
             process = subprocess.Popen(
-                list(job.argv),
+                job.command(sys.executable),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -133,7 +140,7 @@ class LocalLauncher:
             device=child.device or "cpu",
             exit_code=code,
             lived_s=(child.ended or time.monotonic()) - child.started,
-            log=child.log,
+            log=str(child.log),
         )
 
     def processes(self) -> list[Process]:
