@@ -7,8 +7,9 @@ The order is: flag, then environment, then default. Nobody else builds or parses
 ``SWEEPER_STORE``     SQLAlchemy URL of the Optuna database (SQLite in the home folder)
 ``SWEEPER_DATA``      folder of the data sets (``~/.cache/sweeper/data``)
 ``SWEEPER_CHECKPOINTS`` folder or fsspec URL of the checkpoints (``checkpoints`` in the home folder)
+``SWEEPER_STORE_FILE`` a file that holds the URL of the store, for a secret that is a file
 ``SWEEPER_WORKER``    name of this worker (host and process id)
-``SWEEPER_LAUNCHER``  what started this worker: ``local``, ``ray``, ``slurm``
+``SWEEPER_LAUNCHER``  who started this worker: local, ray, slurm, kubernetes, compose (``-``)
 ``MLFLOW_TRACKING_URI`` MLflow server (one is started on 127.0.0.1)
 ===================== =========================================================================
 """
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from sqlalchemy.engine import URL, make_url
+
+from sweeper.errors import UsageError
 
 WORKER_VARIABLE: Final = "SWEEPER_WORKER"
 LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
@@ -74,10 +77,11 @@ class Settings:
         env = os.environ if environment is None else environment
         home_path = Path(home or env.get("SWEEPER_HOME") or ".sweeper").expanduser().absolute()
         data = env.get("SWEEPER_DATA") or "~/.cache/sweeper/data"
+        store = store or env.get("SWEEPER_STORE") or _content(env.get("SWEEPER_STORE_FILE"))
         return cls(
             home=home_path,
             data=Path(data).expanduser().absolute(),
-            store_url=store or env.get("SWEEPER_STORE") or sqlite_url(home_path / "optuna.db"),
+            store_url=store or sqlite_url(home_path / "optuna.db"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
             checkpoints=_place(env.get("SWEEPER_CHECKPOINTS") or home_path / "checkpoints"),
         )
@@ -123,6 +127,22 @@ class Settings:
         if self.tracking_uri:
             variables["MLFLOW_TRACKING_URI"] = self.tracking_uri
         return variables
+
+
+def _content(file: str | None) -> str | None:
+    """What a secret's file holds; None where none is named. Raises UsageError if it is empty."""
+    if not file:
+        return None
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(
+            f"SWEEPER_STORE_FILE must name a file that holds the store's URL, but {file} cannot be "
+            f"read: {error.strerror}"
+        ) from error
+    if not text:
+        raise UsageError(f"SWEEPER_STORE_FILE must hold the store's URL, but {file} is empty")
+    return text
 
 
 def _place(where: str | Path) -> str:
@@ -173,6 +193,11 @@ def group_name(store_url: str, study: str) -> str:
     url = make_url(store_url)
     place = (url.get_backend_name(), url.host, url.port, url.database, study)
     return f"{study}-{hashlib.sha256(repr(place).encode()).hexdigest()[:8]}"
+
+
+def launcher_name() -> str:
+    """Who started this process, as ``SWEEPER_LAUNCHER`` says; ``-`` where nobody does."""
+    return os.environ.get(LAUNCHER_VARIABLE) or "-"
 
 
 def run_name(trial_number: int) -> str:
