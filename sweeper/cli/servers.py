@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -22,6 +25,14 @@ def worker(
     study: Annotated[
         str | None, typer.Argument(metavar="[STUDY]", help="Train this study until it is over.")
     ] = None,
+    count: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="Start so many workers on this machine and keep them alive; "
+            "auto: one a GPU, or one a core where there is none.",
+        ),
+    ] = None,
     store: StoreOption = None,
     home: HomeOption = None,
     tied: Annotated[
@@ -33,6 +44,9 @@ def worker(
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    if count is not None:
+        _crew(study, count, Settings.resolve(home=home, store=store))
+        return
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
     from sweeper.tracking.service import address
@@ -53,6 +67,31 @@ def worker(
             parent=parent,
             signals=signals,
         ).run()
+
+
+def _crew(study: str | None, count: str, settings: Settings) -> None:
+    """Keep several workers alive, each a process of its own, until TERM or INT."""
+    from sweeper.launchers import Crew, Job, LocalLauncher, automatic_workers
+
+    if count != "auto" and not (count.isdecimal() and int(count) > 0):
+        raise UsageError(f"--count must be a number from 1 on, or auto, but got {count!r}")
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: received.append(number))
+    with tempfile.TemporaryDirectory(prefix="sweeper-logs-") as folder:
+        Crew(
+            launcher=LocalLauncher(),
+            job=Job(
+                argv=[
+                    *(sys.executable, "-m", "sweeper", "worker"),
+                    *filter(None, [study]),
+                    "--tied",
+                ],
+                environment=settings.environment(),
+                logs=Path(folder),
+            ),
+            count=automatic_workers(1.0) if count == "auto" else int(count),
+        ).run(lambda: len(received))
 
 
 def ui(

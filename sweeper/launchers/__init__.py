@@ -7,11 +7,13 @@ from importlib import import_module
 from typing import Final, Literal
 
 from sweeper.launchers.base import PYTHON, Group, Job, Launcher, Process
+from sweeper.launchers.crew import Crew
 from sweeper.launchers.local import LocalLauncher, automatic_workers
 
 __all__ = [
     "LAUNCHERS",
     "PYTHON",
+    "Crew",
     "Group",
     "Job",
     "Launcher",

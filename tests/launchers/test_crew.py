@@ -1,0 +1,125 @@
+"""A crew keeps its copies alive, ends with them, and lets their words be heard."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sweeper.cli import app
+from sweeper.errors import UsageError
+from sweeper.launchers import Crew, Job, LocalLauncher, Process
+
+WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
+HANGS_ON_ONCE = """
+import signal, time
+count = 0
+def received(*_):
+    global count
+    count += 1
+    print(f'signal {count}', flush=True)
+    if count == 2:
+        raise SystemExit(0)
+signal.signal(signal.SIGTERM, received)
+print('here', flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+class Running:
+    """A crew in a thread, and the signals that it is given."""
+
+    def __init__(self, folder: Path, program: str, count: int) -> None:
+        self.launcher = LocalLauncher()
+        self.signals = 0
+        job = Job(argv=[sys.executable, "-c", program], logs=folder)
+        crew = Crew(launcher=self.launcher, job=job, count=count)
+        self.thread = threading.Thread(target=crew.run, args=(lambda: self.signals,), daemon=True)
+        self.thread.start()
+
+    @property
+    def alive(self) -> list[Process]:
+        return [found for found in self.launcher.processes() if found.exit_code is None]
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.02)
+
+
+def test_a_copy_that_is_killed_is_replaced_and_a_signal_ends_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    crew = Running(tmp_path, WAITS, 2)
+    until(lambda: len(crew.alive) == 2)
+    victim, stays = crew.alive
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    until(lambda: len(crew.launcher.processes()) == 3)
+    until(lambda: all(found.log.read_bytes() for found in crew.alive))
+    assert {found.name for found in crew.alive} == {
+        stays.name,
+        crew.launcher.processes()[2].name,
+    }
+    time.sleep(0.5)  # two looks, so that the last lines are passed on
+    crew.signals = 1
+    crew.thread.join(20)
+    assert not crew.thread.is_alive()
+    assert not crew.alive
+    heard = capfd.readouterr().err
+    for process in crew.launcher.processes()[1:]:
+        assert f"{process.name} | here\n" in heard
+
+
+def test_a_second_signal_is_passed_on(tmp_path: Path) -> None:
+    crew = Running(tmp_path, HANGS_ON_ONCE, 1)
+    until(lambda: bool(crew.launcher.processes()))
+    (process,) = crew.launcher.processes()
+    until(lambda: b"here" in process.log.read_bytes())
+    crew.signals = 1
+    until(lambda: b"signal 1" in process.log.read_bytes())
+    assert crew.thread.is_alive()
+    crew.signals = 2
+    crew.thread.join(20)
+    assert not crew.thread.is_alive()
+    assert b"signal 2" in process.log.read_bytes()
+
+
+def test_copies_that_are_done_are_not_started_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    crew = Running(tmp_path, "print('no newline at the end', end='')", 3)
+    crew.thread.join(30)
+    assert not crew.thread.is_alive()
+    assert [found.exit_code for found in crew.launcher.processes()] == [0, 0, 0]
+    assert len(re.findall(r"\| no newline at the end\n", capfd.readouterr().err)) == 3
+
+
+def test_copies_that_die_at_once_are_started_ever_more_slowly(tmp_path: Path) -> None:
+    began = time.monotonic()
+    crew = Running(tmp_path, "raise SystemExit(3)", 2)
+    until(lambda: len(crew.launcher.processes()) >= 6)  # after pauses of one and two seconds
+    assert time.monotonic() - began > 3
+    crew.signals = 1
+    crew.thread.join(20)
+    assert not crew.thread.is_alive()
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_a_count_must_be_a_number_or_auto(count: str, tmp_path: Path) -> None:
+    words = ["worker", "--count", count, "--home", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, UsageError)
+    assert repr(count) in str(result.exception)
