@@ -37,7 +37,7 @@ class Crew:
     launcher: Launcher
     job: Job
     count: int
-    _read: dict[Path, int] = field(default_factory=dict)
+    _read: dict[str, int] = field(default_factory=dict)
     _buried: set[str] = field(default_factory=set)
     _done: int = 0
     _hasty: bool = False
@@ -92,7 +92,7 @@ class Crew:
         """Pass on the whole lines that were written since the last look."""
         for process in processes:
             try:
-                with process.log.open("rb") as stream:
+                with Path(process.log).open("rb") as stream:
                     stream.seek(self._read.get(process.log, 0))
                     written = stream.read()
             except OSError:

@@ -68,7 +68,7 @@ def test_a_copy_that_is_killed_is_replaced_and_a_signal_ends_all(
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     until(lambda: len(crew.launcher.processes()) == 3)
-    until(lambda: all(found.log.read_bytes() for found in crew.alive))
+    until(lambda: all(Path(found.log).read_bytes() for found in crew.alive))
     assert {found.name for found in crew.alive} == {
         stays.name,
         crew.launcher.processes()[2].name,
@@ -87,14 +87,14 @@ def test_a_second_signal_is_passed_on(tmp_path: Path) -> None:
     crew = Running(tmp_path, HANGS_ON_ONCE, 1)
     until(lambda: bool(crew.launcher.processes()))
     (process,) = crew.launcher.processes()
-    until(lambda: b"here" in process.log.read_bytes())
+    until(lambda: b"here" in Path(process.log).read_bytes())
     crew.signals = 1
-    until(lambda: b"signal 1" in process.log.read_bytes())
+    until(lambda: b"signal 1" in Path(process.log).read_bytes())
     assert crew.thread.is_alive()
     crew.signals = 2
     crew.thread.join(20)
     assert not crew.thread.is_alive()
-    assert b"signal 2" in process.log.read_bytes()
+    assert b"signal 2" in Path(process.log).read_bytes()
 
 
 def test_copies_that_are_done_are_not_started_again(
