@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sweeper.provenance import cpu_name, versions
 from sweeper.settings import Settings
-from sweeper.store import Store, open_store, queue, studies
+from sweeper.store import Store, open_store, queue, studies, tickets
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import LocalServer, SpoolTracker
 from sweeper.training import prepare
@@ -104,7 +104,7 @@ def through_worker(
         study = studies.create(store, spec)
         if study is None:
             raise SystemExit(f"{spec.name} is there already")
-        queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+        tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
     spent: dict[str, float] = defaultdict(float)
     calls: list[tuple[Any, str]] = [
         *((queue, name) for name in ("claim", "values_of", "report", "should_prune", "note")),

@@ -34,9 +34,10 @@ from sweeper.store import (
     Standing,
     Store,
     StoredStudy,
-    queue,
+    recovery,
     standing,
     studies,
+    tickets,
 )
 from sweeper.study.diff import Change, changes
 from sweeper.study.spec import StudySpec
@@ -74,9 +75,9 @@ def prepare(
             known = studies.load(store, spec.name)
             _refuse(spec.name, changes(known.spec, spec), extend=extend)
             study = studies.update(store, spec)
-        planned = queue.tickets(spec, with_reference=with_reference)
-        enqueued = queue.fill(store, study.id, spec, planned)
-        queue.reconcile(store, study.id, spec)
+        planned = tickets.tickets(spec, with_reference=with_reference)
+        enqueued = tickets.fill(store, study.id, spec, planned)
+        recovery.reconcile(store, study.id, spec)
         studies.ask(store, study.id, Control.RUN)
     return Prepared(study=study, new=new, enqueued=enqueued)
 
@@ -138,10 +139,10 @@ class Sweep:
     _buried: set[str] = field(default_factory=set)
     _quick: int = 0
     _looked: float = 0.0
-    _lookout: queue.Lookout = field(init=False)
+    _lookout: recovery.Lookout = field(init=False)
 
     def __post_init__(self) -> None:
-        self._lookout = queue.Lookout(self.study.spec.faults)
+        self._lookout = recovery.Lookout(self.study.spec.faults)
 
     @property
     def job(self) -> Job:
@@ -187,7 +188,7 @@ class Sweep:
         now = standing(self.store, self.study)
         if now.due:
             with self.store.exclusively():
-                queue.reconcile(self.store, self.study.id, self.study.spec)
+                recovery.reconcile(self.store, self.study.id, self.study.spec)
             now = standing(self.store, self.study)
         _stop_if_all_alike(now)
         if not self.stopping and not now.over:
@@ -203,12 +204,12 @@ class Sweep:
 
     def _bury(self, process: Process) -> None:
         """Requeue what a dead worker had, and stop the sweep where the next would die too."""
-        lost = queue.lose_trials_of(self.store, self.study.id, process.name)
+        lost = recovery.lose_trials_of(self.store, self.study.id, process.name)
         self._buried.add(process.name)
         if lost:
             _log.warning("worker %s died with trial %s", process.name, lost)
             with self.store.exclusively():
-                queue.reconcile(self.store, self.study.id, self.study.spec)
+                recovery.reconcile(self.store, self.study.id, self.study.spec)
         if process.exit_code == 0 or self.stopping:
             self._quick = 0
             return
@@ -234,7 +235,7 @@ class Sweep:
         if now:
             try:
                 for process in self.launcher.processes():
-                    queue.return_trials_of(self.store, self.study.id, process.name)
+                    recovery.return_trials_of(self.store, self.study.id, process.name)
             except StoreUnreachableError as error:
                 _log.warning("the trials of the workers that were ended count as lost: %s", error)
 

@@ -20,7 +20,7 @@ from chaos.postgres import Postgres
 from sweeper.controller import Outage
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
 from sweeper.settings import Settings
-from sweeper.store import Standing, open_store, queue, standing, studies
+from sweeper.store import Standing, open_store, standing, studies, tickets
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import MemoryTracker
 from sweeper.worker import Worker, reports
@@ -53,7 +53,7 @@ def enqueue(url: str, **sections: Any) -> None:
         study = studies.create(store, spec)
         if study is None:
             raise ValueError("the study is there already")
-        queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+        tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
     store.close()
 
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_said_to_be_full_and_damages_nothing(tmp_path: Path) -> N
         connection.exec_driver_sql(f"PRAGMA max_page_count={size}")  # a disk that is full
     with pytest.raises(StoreRefusedError, match="is full") as caught:
         for _ in range(2000):
-            queue.fill(store, study.id, study.spec, [queue.Ticket(key="more", values={})] * 50)
+            tickets.fill(store, study.id, study.spec, [tickets.Ticket(key="more", values={})] * 50)
     assert caught.value.exit_code == 3
     store.close()
     with contextlib.closing(sqlite3.connect(tmp_path / "optuna.db")) as connection:

@@ -20,7 +20,7 @@ from sweeper.data import load as load_data
 from sweeper.measurement import EPOCH_METRICS, FINAL_METRICS
 from sweeper.models import build, parameter_count
 from sweeper.space import Range, Values, draw
-from sweeper.store.queue import tickets
+from sweeper.store.tickets import tickets
 from sweeper.study.parse import load
 from sweeper.study.plan import plan
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec

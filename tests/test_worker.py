@@ -11,7 +11,16 @@ import pytest
 from sweeper.errors import DataNotFoundError
 from sweeper.measurement import EPOCH_METRICS, FINAL_METRICS, Measurement
 from sweeper.settings import Settings
-from sweeper.store import Standing, Store, StoredStudy, open_store, queue, standing, studies
+from sweeper.store import (
+    Standing,
+    Store,
+    StoredStudy,
+    open_store,
+    recovery,
+    standing,
+    studies,
+    tickets,
+)
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import MemoryTracker
 from sweeper.worker import Signals, Worker, flattened
@@ -37,7 +46,7 @@ class Bench:
             study = studies.create(self.store, spec)
             if study is None:
                 raise ValueError("the study is there already")
-            queue.fill(self.store, study.id, spec, queue.tickets(spec, with_reference=True))
+            tickets.fill(self.store, study.id, spec, tickets.tickets(spec, with_reference=True))
         self.study: StoredStudy = study
         self.tracker = MemoryTracker()
         self.signals = Signals()
@@ -209,7 +218,7 @@ def test_a_broken_trial_gives_the_numbers_of_one_never_broken(
         if step != 4:
             return
         if ended_by == "loss":
-            assert queue.lose_trials_of(broken.store, broken.study.id, "me")
+            assert recovery.lose_trials_of(broken.store, broken.study.id, "me")
             broken.tracker.log = original  # type: ignore[method-assign]
         elif ended_by == "signal":
             broken.signals.stop()

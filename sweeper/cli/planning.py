@@ -41,25 +41,25 @@ class Survey:
 def survey(spec: StudySpec, *, with_reference: bool = False, timed: bool = True) -> Survey:
     """Count trials and parameters, draw the first points, and time a few steps."""
     from sweeper.launchers import automatic_workers
-    from sweeper.store import queue, sampling
+    from sweeper.store import sampling, tickets
 
-    tickets = queue.tickets(spec, with_reference=with_reference)
-    fixed = [dict(ticket.values) for ticket in tickets if ticket.values is not None]
-    free = len(tickets) - len(fixed)
+    planned = tickets.tickets(spec, with_reference=with_reference)
+    fixed = [dict(ticket.values) for ticket in planned if ticket.values is not None]
+    free = len(planned) - len(fixed)
     first = [*fixed[:_SHOWN], *sampling.preview(spec, min(free, max(0, _SHOWN - len(fixed))))]
     configs = list(_distinct(spec, itertools.chain(first, fixed, _corners(spec))))
     sizes = list(_sizes(configs))
     wanted = spec.resources.workers
     workers = automatic_workers(spec.resources.gpus_per_worker) if wanted == "auto" else int(wanted)
-    workers = max(1, min(workers, len(tickets)))
+    workers = max(1, min(workers, len(planned)))
     return Survey(
         spec=spec,
-        trials=len(tickets),
-        reference_trials=sum(ticket.key.startswith("reference/") for ticket in tickets),
+        trials=len(planned),
+        reference_trials=sum(ticket.key.startswith("reference/") for ticket in planned),
         first=tuple(first),
         smallest=min(sizes, default=None),
         largest=max(sizes, default=None),
-        seconds=_time(spec, first, len(tickets), workers) if timed else None,
+        seconds=_time(spec, first, len(planned), workers) if timed else None,
         workers=workers,
     )
 

@@ -156,12 +156,12 @@ def cancel(study: StudyArgument, store: StoreOption = None, home: HomeOption = N
 
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
     """Put every failed trial back into the queue."""
-    from sweeper.store import open_store, queue, studies
+    from sweeper.store import open_store, recovery, studies
 
     opened = open_store(_settings(store, home).store_url)
     stored = studies.load(opened, study)
     with opened.exclusively():
-        numbers = queue.retry(opened, stored.id)
+        numbers = recovery.retry(opened, stored.id)
     if not numbers:
         raise UsageError(f"{study!r} has no failed trial to retry")
     sys.stdout.write(f"{study}: {len(numbers)} trials are waiting again\n")

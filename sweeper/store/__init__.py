@@ -1,8 +1,8 @@
 """The store: an Optuna study in one SQL database, used as a queue.
 
-``database`` opens it, ``studies`` creates and finds studies, ``queue`` hands out trials and takes
-them back, ``sampling`` draws points, ``view`` shows how things stand. Optuna is imported here and
-in ``report`` only.
+``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
+``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
+draws points, ``view`` shows how things stand. Optuna is imported here and in ``report`` only.
 """
 
 from sweeper.store.attributes import Control, Outcome

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.store import attributes as attr
 from sweeper.store.database import Store, reaching
-from sweeper.store.queue import due, superseded, values
+from sweeper.store.queue import values
+from sweeper.store.recovery import due, superseded
 from sweeper.store.studies import StoredStudy
 from sweeper.study.spec import Objective, StudySpec
 

@@ -18,7 +18,7 @@ from sweeper.config import TrialConfig
 from sweeper.errors import StoreUnreachableError, TrialLostError
 from sweeper.measurement import EPOCH_METRICS, Measurement, summary
 from sweeper.provenance import environment_tags
-from sweeper.store import Control, Outcome, StoredStudy, queue, standing
+from sweeper.store import Control, Outcome, StoredStudy, queue, recovery, standing
 from sweeper.store import attributes as attr
 from sweeper.store.view import best_of, better
 from sweeper.tracking import RunStart
@@ -357,7 +357,7 @@ class Attempt:
                 "end the trial",
             )
             self._end_run("FAILED", outcome)
-            retried = queue.tries(self.study.spec, outcome) > self.claimed.failures(outcome)
+            retried = recovery.tries(self.study.spec, outcome) > self.claimed.failures(outcome)
             if self.checkpoints is not None and not retried:
                 self.checkpoints.delete()
 

@@ -31,7 +31,7 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.settings import Settings
-from sweeper.store import Control, Outcome, Store, StoredStudy, queue, standing, studies
+from sweeper.store import Control, Outcome, Store, StoredStudy, queue, recovery, standing, studies
 from sweeper.tracking import Tracker
 from sweeper.worker.attempt import Attempt
 from sweeper.worker.heart import Heart
@@ -65,7 +65,7 @@ class Worker:
     parent: int | None = None
     signals: Signals = field(default_factory=Signals)
     _dataset: tuple[DataConfig, Dataset] | None = None
-    _lookouts: dict[str, queue.Lookout] = field(default_factory=dict)
+    _lookouts: dict[str, recovery.Lookout] = field(default_factory=dict)
 
     def run(self) -> None:
         """Work until the study is over, a signal arrives, or something cannot be done.
@@ -114,11 +114,11 @@ class Worker:
 
     def _look_after(self, study: StoredStudy) -> None:
         """With nothing to train: find lost trials, whoever's they were."""
-        lookout = self._lookouts.setdefault(study.name, queue.Lookout(study.spec.faults))
+        lookout = self._lookouts.setdefault(study.name, recovery.Lookout(study.spec.faults))
         lookout.reap(self.store, study.id)
-        if queue.due(study.spec, self.store.storage.get_all_trials(study.id, deepcopy=False)):
+        if recovery.due(study.spec, self.store.storage.get_all_trials(study.id, deepcopy=False)):
             with self.store.exclusively():
-                queue.reconcile(self.store, study.id, study.spec)
+                recovery.reconcile(self.store, study.id, study.spec)
 
     def _train(self, study: StoredStudy, claimed: queue.Claim) -> None:
         """Train one trial to whatever end it finds. Only what no trial survives is raised."""

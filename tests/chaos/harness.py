@@ -27,7 +27,7 @@ from chaos.postgres import Postgres
 from cli.conftest import Sweeper
 
 from sweeper.settings import Settings
-from sweeper.store import Standing, open_store, queue, standing, studies
+from sweeper.store import Standing, open_store, standing, studies, tickets
 from sweeper.store import attributes as attr
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import MemoryTracker
@@ -255,7 +255,7 @@ class Chaos:
             study = studies.create(store, spec)
             if study is None:
                 raise ValueError("the study is there already")
-            queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+            tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
         Worker(store=store, tracker=MemoryTracker(), settings=settings, study="chaos").run()
         found = standing(store, study)
         store.close()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sweeper.cli import app
 from sweeper.errors import StudyNotFoundError, UsageError
 from sweeper.settings import Settings
-from sweeper.store import open_store, queue, studies
+from sweeper.store import open_store, studies, tickets
 from sweeper.study.spec import StudySpec
 
 
@@ -29,7 +29,7 @@ def home(tmp_path: Path) -> Path:
         with store.exclusively():
             study = studies.create(store, spec)
             assert study is not None
-            queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+            tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
     store.close()
     return folder
 

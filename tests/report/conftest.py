@@ -16,15 +16,7 @@ from small_data import learnable_images
 from sweeper.report.collect import StudyData, collect
 from sweeper.report.configurations import configurations, varied
 from sweeper.settings import Settings
-from sweeper.store import (
-    Standing,
-    Store,
-    StoredStudy,
-    TrialRow,
-    open_store,
-    queue,
-    studies,
-)
+from sweeper.store import Standing, Store, StoredStudy, TrialRow, open_store, studies, tickets
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import SpoolTracker
 from sweeper.tracking import mlflow as tracker_client
@@ -115,7 +107,7 @@ class Home:
             study = studies.create(self.store, spec)
             if study is None:
                 raise ValueError(f"{spec.name} is there already")
-            queue.fill(self.store, study.id, spec, queue.tickets(spec, with_reference=False))
+            tickets.fill(self.store, study.id, spec, tickets.tickets(spec, with_reference=False))
         with SpoolTracker(self.settings.spool, uri, gather_s=0.05) as tracker:
             Worker(
                 store=self.store,

@@ -15,7 +15,7 @@ from sweeper.report.curves import curves, curves_block
 from sweeper.report.drawing import embedded, figure_data
 from sweeper.report.figures import optuna_figures
 from sweeper.report.timeline import timeline
-from sweeper.store import open_store, queue, standing, studies
+from sweeper.store import open_store, queue, standing, studies, tickets
 from sweeper.study.spec import StudySpec
 
 
@@ -28,7 +28,7 @@ def finished(tmp_path: Any, values: list[tuple[float, ...]], **sections: Any) ->
     with store.exclusively():
         study = studies.create(store, spec)
         assert study is not None
-        queue.fill(store, study.id, spec, queue.tickets(spec, with_reference=False))
+        tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
     for value in values:
         claimed = queue.claim(store, study.id, "w")
         assert claimed is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.store import Store, StoredStudy, open_store, queue, studies
+from sweeper.store import Store, StoredStudy, open_store, studies, tickets
 from sweeper.study.spec import StudySpec
 
 SPEC = {
@@ -56,7 +56,7 @@ def started(store: Store, spec: Callable[..., StudySpec]) -> Callable[..., Store
             study = studies.create(store, wanted)
             if study is None:
                 raise ValueError("the study is there already")
-            queue.fill(store, study.id, wanted, queue.tickets(wanted, with_reference=True))
+            tickets.fill(store, study.id, wanted, tickets.tickets(wanted, with_reference=True))
         return study
 
     return start
