@@ -2,7 +2,9 @@
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
 ``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
-draws points, ``view`` shows how things stand. Optuna is imported here and in ``report`` only.
+draws points, ``view`` shows how things stand, ``overview`` how all studies do, ``workers`` who works
+on them. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here and in
+``report`` only.
 """
 
 from sweeper.store.attributes import Control, Outcome

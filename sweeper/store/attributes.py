@@ -14,6 +14,8 @@ CONTROL: Final = "sweeper.control"
 CREATED: Final = "sweeper.created"
 EXPERIMENT: Final = "sweeper.experiment"
 TRACKING: Final = "sweeper.tracking"
+STOPPED: Final = "sweeper.stopped"
+FINISHED: Final = "sweeper.finished"
 
 # of a trial, written when it is enqueued
 TICKET: Final = "sweeper.ticket"

@@ -3,8 +3,10 @@
 Optuna's own tables, Optuna's own storage. What is added is care (design decisions 3 and 4):
 
 * SQLite: WAL, a busy timeout, and ``BEGIN IMMEDIATE``, without which a claim is not atomic.
-* PostgreSQL: psycopg 3, connections checked before use, so that a restart costs no error.
-* The schema is created by one process at a time.
+* PostgreSQL: psycopg 3, connections checked before use, so that a restart costs no error, and given
+  back to the server when they idle, so that it has room for hundreds of workers.
+* The schema is created by one process at a time; who finds it complete takes no lock.
+* ``grpc://host:port``: no database at all, but a controller that has one (`sweeper.store.remote`).
 """
 
 from __future__ import annotations
@@ -12,18 +14,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
-from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
 
@@ -34,9 +38,15 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.settings import masked
+from sweeper.store.schema import create_own_tables, is_complete
+
+if TYPE_CHECKING:  # grpc is an extra
+    from sweeper.store.remote import RemoteStorage
 
 _BUSY_TIMEOUT_S: Final = 60
 _POSTGRES_LOCK_KEY: Final = 0x73776565  # "swee": the advisory lock that controllers share
+_IDLE_S: Final = 5.0
+"""A connection that nobody used for so long goes back to the PostgreSQL server."""
 
 
 class RecentStorage(_CachedStorage):
@@ -46,9 +56,9 @@ class RecentStorage(_CachedStorage):
     every epoch; within :meth:`recent` what was read less than ``slack_s`` ago is used again.
     """
 
-    def __init__(self, backend: RDBStorage) -> None:
+    def __init__(self, backend: RDBStorage, *, slack_s: float = 0.0) -> None:
         super().__init__(backend)
-        self._slack_s = 0.0
+        self._slack_s = slack_s
         self._read_at: dict[int, float] = {}
 
     @contextlib.contextmanager
@@ -60,6 +70,15 @@ class RecentStorage(_CachedStorage):
         finally:
             self._slack_s = before
 
+    def know(self, study_id: int, trial_id: int) -> None:
+        """Remember a trial, as Optuna wants it before a parameter is set, and read no other."""
+        frozen = self._backend.get_trial(trial_id)
+        with self._lock:
+            study = self._studies.setdefault(study_id, _StudyInfo())
+            self._add_trials_to_cache(study_id, [frozen])
+            if not frozen.state.is_finished():
+                study.unfinished_trial_ids.add(trial_id)
+
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
         now = time.monotonic()
         if now - self._read_at.get(study_id, -math.inf) >= self._slack_s:
@@ -69,14 +88,35 @@ class RecentStorage(_CachedStorage):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
-    """An open store. ``storage`` caches finished trials; ``backend`` is the database itself."""
+    """An open store. ``storage`` is Optuna's; it caches finished trials.
+
+    ``database`` is what is behind it, or None where only a controller's proxy can be reached.
+    """
 
     url: URL
-    backend: RDBStorage
-    storage: RecentStorage
+    storage: RecentStorage | RemoteStorage
+    database: RDBStorage | None
+
+    @property
+    def backend(self) -> RDBStorage:
+        """The database itself. Raises UsageError for a store behind a proxy."""
+        if self.database is None:
+            raise UsageError(
+                f"{masked(str(self.url))} serves workers and nothing else; give the URL of the "
+                "database itself: --store postgresql+psycopg://user@host/database"
+            )
+        return self.database
+
+    @property
+    def remote(self) -> RemoteStorage | None:
+        """The way to the controller that has the database, where this process has none."""
+        return self.storage if not isinstance(self.storage, RecentStorage) else None
 
     def close(self) -> None:
         """Give every connection back."""
+        if remote := self.remote:
+            remote.close()
+            return
         self.backend.remove_session()
         self.backend.engine.dispose()
 
@@ -86,21 +126,42 @@ class Store:
         with reaching(self.url), _server_lock(self.url, self.backend.engine):
             yield
 
+    @contextlib.contextmanager
+    def alone(self, study_id: int, *, timeout_s: float = 0.0) -> Iterator[bool]:
+        """Whether this process may finish the study: one at a time has the right to.
 
-def open_store(url: str) -> Store:
+        Waits ``timeout_s`` for it. It is given back as the context ends, or the process.
+        """
+        with reaching(self.url), _study_lock(self, study_id, timeout_s) as held:
+            yield held
+
+
+def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
     """Open the store at ``url``, creating its tables if this is the first time.
 
+    ``pool`` connections are kept while they are used, and a few more are opened at need.
+    ``slack_s``: trials that are read may be so old.
+
     Raises:
-        UsageError: the URL is not one of SQLite or PostgreSQL.
-        MissingExtraError: PostgreSQL without psycopg.
+        UsageError: the URL is not one of SQLite, PostgreSQL or a controller's proxy.
+        MissingExtraError: PostgreSQL without psycopg, a proxy without grpcio.
         StoreUnreachableError: the server does not answer, or the file cannot be written.
     """
     address = _address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with reaching(address), _server_lock(address, None), warnings.catch_warnings():
+    if address.drivername == "grpc":
+        from sweeper.store.remote import connect
+
+        with reaching(address):
+            return Store(url=address, storage=connect(address), database=None)
+    with reaching(address), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        backend = _connect(address)
-    return Store(url=address, backend=backend, storage=RecentStorage(backend))
+        if address.get_backend_name() == "sqlite":
+            with _server_lock(address, None):
+                backend = _open_sqlite(address)
+        else:
+            backend = _open_postgres(address, pool)
+    return Store(url=address, database=backend, storage=RecentStorage(backend, slack_s=slack_s))
 
 
 def _address(url: str) -> URL:
@@ -111,10 +172,12 @@ def _address(url: str) -> URL:
             "the store must be a URL such as sqlite:///sweeps.db or "
             "postgresql+psycopg://user@host/database, but got something that is not a URL"
         ) from error
-    if address.get_backend_name() not in {"sqlite", "postgresql"}:
+    if address.drivername == "grpc":
+        return address
+    if address.drivername.partition("+")[0] not in {"sqlite", "postgresql"}:
         raise UsageError(
             f"the store must be SQLite or PostgreSQL, but got {address.drivername!r}; "
-            "write sqlite:///… or postgresql+psycopg://…"
+            "write sqlite:///…, postgresql+psycopg://… or, for a worker, grpc://host:port"
         )
     if address.drivername == "postgresql":
         address = address.set(drivername="postgresql+psycopg")
@@ -126,30 +189,66 @@ def _address(url: str) -> URL:
     return address
 
 
-def _connect(address: URL) -> RDBStorage:
+def _open_sqlite(address: URL) -> RDBStorage:
+    """Under the lock. SQLite tells in no time that its tables are there."""
+    file = Path(str(address.database))
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     url = address.render_as_string(hide_password=False)
-    if address.get_backend_name() == "sqlite":
-        file = Path(str(address.database))
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        backend = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_TIMEOUT_S}})
-        event.listen(backend.engine, "connect", _prepare_sqlite)
-        event.listen(backend.engine, "begin", _begin_immediate)
-        backend.engine.dispose()  # connections made before the listeners
-        return backend
+    backend = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_TIMEOUT_S}})
+    event.listen(backend.engine, "connect", _prepare_sqlite)
+    event.listen(backend.engine, "begin", _begin_immediate)
+    backend.engine.dispose()  # connections made before the listeners
+    create_own_tables(backend.engine)
+    return backend
+
+
+def _open_postgres(address: URL, pool: int) -> RDBStorage:
+    """Hundreds of workers may start at once: only those that find no schema wait for each other."""
+    url = address.render_as_string(hide_password=False)
+    options = {
+        "pool_pre_ping": True,
+        "pool_size": pool,
+        "max_overflow": max(3, pool),
+        "pool_recycle": 600,
+        "pool_timeout": _BUSY_TIMEOUT_S,
+    }
     try:
-        return RDBStorage(
-            url,
-            engine_kwargs={
-                "pool_pre_ping": True,
-                "pool_size": 2,
-                "max_overflow": 4,
-                "pool_recycle": 600,
-            },
-        )
+        complete = _schema_is_there(address)
+        with contextlib.nullcontext() if complete else _server_lock(address, None):
+            backend = RDBStorage(url, engine_kwargs=options, skip_table_creation=complete)
+            if not complete:
+                create_own_tables(backend.engine)
     except ImportError as error:
         raise MissingExtraError(
             "PostgreSQL needs psycopg, which is not installed; run: pip install 'sweeper[postgres]'"
         ) from error
+    _release_idle(backend.engine)
+    return backend
+
+
+def _schema_is_there(address: URL) -> bool:
+    engine = sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        return is_complete(connection)
+
+
+def _release_idle(engine: sqlalchemy.Engine) -> None:
+    """Close the pool's connections whenever nobody has used one for a while.
+
+    The thread ends with the process; it holds nothing that has to be put away.
+    """
+    used = threading.Event()
+    event.listen(engine, "checkout", lambda *_: used.set())
+
+    def watch() -> None:
+        while True:
+            time.sleep(_IDLE_S)
+            if used.is_set():
+                used.clear()
+            else:
+                engine.dispose()
+
+    threading.Thread(target=watch, name="idle connections", daemon=True).start()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -193,16 +292,60 @@ def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[Non
 
 
 @contextlib.contextmanager
+def _study_lock(store: Store, study_id: int, timeout_s: float) -> Iterator[bool]:
+    """One holder a study: a file lock, or an advisory lock of a connection of its own."""
+    if store.url.get_backend_name() == "sqlite":
+        lock = FileLock(f"{Path(str(store.url.database)).absolute()}.{study_id}.lock")
+        try:
+            lock.acquire(timeout=timeout_s)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+        return
+    engine = sqlalchemy.create_engine(store.backend.engine.url, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        key = {"key": _POSTGRES_LOCK_KEY, "study": study_id}
+        attempt = sqlalchemy.text("SELECT pg_try_advisory_lock(:key, :study)")
+        until = time.monotonic() + timeout_s
+        while not (held := bool(connection.execute(attempt, key).scalar_one())):
+            connection.commit()
+            if time.monotonic() > until:
+                break
+            time.sleep(1.0)
+        connection.commit()
+        yield held  # closing the connection gives the lock back
+
+
+@contextlib.contextmanager
 def reaching(address: URL | str) -> Iterator[None]:
     """Translate what Optuna and SQLAlchemy raise when the database does not answer."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError, OSError) as error:
+    except _failures() as error:
         cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
-        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [""]
+        reason = _reason(cause).strip().splitlines() or [""]
         where = masked(address.render_as_string()) if isinstance(address, URL) else address
         kind = StoreRefusedError if _is_final(error, reason[0]) else StoreUnreachableError
         raise kind(f"the store must answer, but {where} said: {reason[0]}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What is raised when a database does not answer; by gRPC too, in a process that uses it."""
+    grpc = sys.modules.get("grpc")
+    usual = (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError, OSError)
+    return usual if grpc is None else (*usual, grpc.RpcError)
+
+
+def _reason(error: BaseException) -> str:
+    """What the driver, or a proxy, said."""
+    details = getattr(error, "details", None)
+    if callable(details):
+        return str(details() or error)
+    return str(getattr(error, "orig", None) or error)
 
 
 def _is_final(error: Exception, reason: str) -> bool:

@@ -68,6 +68,10 @@ def claim(store: Store, study_id: int, worker: str) -> Claim | None:
 
     The heart beats before the claim: from its first moment as RUNNING the trial has a fresh beat.
     """
+    if remote := store.remote:  # one call instead of five: the controller claims for us
+        with reaching(store.url):
+            found = remote.call("claim", study_id=study_id, worker=worker)
+        return None if found is None else Claim(**found)
     with reaching(store.url):
         while waiting := _waiting_ids(store, study_id):
             # the first few in an order of one's own: many workers need not race for the same one
@@ -209,7 +213,7 @@ def finish(
     """
     ends_as = ends_as or _ENDS_AS.get(outcome, "failed")
     with reaching(store.url), _owned():
-        frozen = store.backend.get_trial(claimed.trial_id)
+        frozen = store.storage.get_trial(claimed.trial_id)
         if frozen.state is _STATES[ends_as] and _ended_so(frozen, claimed, outcome):
             return
         if not _is_mine(frozen, claimed):
@@ -273,4 +277,4 @@ class _owned:  # noqa: N801 - reads as what it is, a context
 def beat(store: Store, claimed: Claim) -> None:
     """Say that the trial's worker is alive."""
     with reaching(store.url):
-        store.backend.record_heartbeat(claimed.trial_id)
+        store.storage.record_heartbeat(claimed.trial_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import optuna
@@ -118,7 +119,31 @@ def control(store: Store, study_id: int) -> Control:
     return Control(asked)
 
 
-def ask(store: Store, study_id: int, what: Control) -> None:
-    """Ask the study's workers for something; they look at least once a heartbeat."""
+def stopped_because(store: Store, study_id: int) -> str:
+    """Why a controller stopped the study; empty where none did."""
     with reaching(store.url):
+        return str(store.storage.get_study_user_attrs(study_id).get(attr.STOPPED, ""))
+
+
+def finished(store: Store, study_id: int, counts: Mapping[str, int]) -> bool:
+    """Whether the study was finished as it stands: with these ``counts`` by state."""
+    with reaching(store.url):
+        known = store.storage.get_study_user_attrs(study_id).get(attr.FINISHED)
+    return bool(known == dict(counts))
+
+
+def remember_finished(store: Store, study_id: int, counts: Mapping[str, int]) -> None:
+    """Store that report and tracker have the study as it stands."""
+    with reaching(store.url):
+        store.storage.set_study_user_attr(study_id, attr.FINISHED, dict(counts))
+
+
+def ask(store: Store, study_id: int, what: Control, *, why: str = "") -> None:
+    """Ask the study's workers for something; they look at least once a heartbeat.
+
+    ``why`` is shown by ``sweeper status`` until something else is asked for.
+    """
+    with reaching(store.url):
+        if store.storage.get_study_user_attrs(study_id).get(attr.STOPPED, "") != why:
+            store.storage.set_study_user_attr(study_id, attr.STOPPED, why)
         store.storage.set_study_user_attr(study_id, attr.CONTROL, str(what))
