@@ -2,8 +2,8 @@
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
 ``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
-draws points, ``view`` shows how things stand, ``overview`` how all studies do, ``workers`` who works
-on them. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here and in
+draws points, ``view`` shows how a study stands, ``overview`` how all do, ``workers`` who works on
+them. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here and in
 ``report`` only.
 """
 
