@@ -104,6 +104,13 @@ def load(store: Store, name: str) -> StoredStudy:
     return StoredStudy(study=study, spec=spec)
 
 
+def load_by_id(store: Store, study_id: int) -> StoredStudy:
+    """The study with this id; errors as in :func:`load`."""
+    with reaching(store.url):
+        name = store.storage.get_study_name_from_id(study_id)
+    return load(store, name)
+
+
 def update(store: Store, spec: StudySpec) -> StoredStudy:
     """Store ``spec`` in place of the one that the study was started from."""
     with reaching(store.url):

@@ -249,11 +249,13 @@ class Reference(Section):
 class Resources(Section):
     """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU.
 
-    ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker trains at once:
-    one, whichever is written, until trials can be fused into a batch.
+    ``priority``: workers that serve all studies of a store take the highest first, and among equals
+    the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker
+    trains at once: one, whichever is written, until trials can be fused into a batch.
     """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    priority: int = Field(default=0, ge=-1000, le=1000)
     gpus_per_worker: float = Field(default=1, ge=0)
     cohort: Literal["auto", 1] = "auto"
 

@@ -168,6 +168,7 @@ class Attempt:
         epoch = Epoch(measurement=measurement, time_ms=round(time.time() * 1000))
         self.epochs.append(epoch)
         self._log(epoch)
+        self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
         if not measurement.finite:
             return Outcome.DIVERGED
         last = measurement.epoch >= training.config.train.epochs

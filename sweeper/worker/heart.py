@@ -1,4 +1,4 @@
-"""The thread that beats for the trial in hand, and looks what the study is asked for."""
+"""The thread that beats for the trial in hand, and for the worker itself among its kind."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
 
-from sweeper.store import Control, Store, StoredStudy, queue, studies
+from sweeper.errors import StoreUnreachableError
+from sweeper.store import Control, Store, StoredStudy, queue, studies, workers
+from sweeper.store.workers import Presence
 from sweeper.worker.signals import Signals
 
 _log = logging.getLogger(__name__)
+_TELL_S: Final = 10.0
+"""A worker without a trial says so often that it is there."""
 
 
 class Heart(threading.Thread):
@@ -21,10 +28,15 @@ class Heart(threading.Thread):
     process that started the worker is gone, the worker is told to stop as by a signal.
     """
 
-    def __init__(self, store: Store, signals: Signals, *, parent: int | None) -> None:
+    def __init__(
+        self, store: Store, signals: Signals, presence: Presence, *, parent: int | None
+    ) -> None:
         super().__init__(name="heart", daemon=True)
         self._store = store
         self._signals = signals
+        self._presence = presence
+        self._told = 0.0
+        self._ended = False
         self._parent = parent
         self._claim: queue.Claim | None = None
         self._study_id: int | None = None
@@ -32,18 +44,34 @@ class Heart(threading.Thread):
         self._missed = 0
         self._wake = threading.Event()
         self.asked = Control.RUN
+        self.samples_per_s: float | None = None
 
     @contextlib.contextmanager
     def beating(self, study: StoredStudy, claimed: queue.Claim) -> Iterator[None]:
         """Beat for ``claimed`` as long as the context lasts."""
         self._interval_s = study.spec.faults.heartbeat_s
         self._study_id, self._claim = study.id, claimed
+        self._presence = replace(
+            self._presence, study=study.name, trials=(claimed.number,), problem=None
+        )
         self.asked = Control.RUN
         self._wake.set()
         try:
             yield
         finally:
             self._claim = None
+            self.samples_per_s = None
+            self._presence = replace(self._presence, study=None, trials=())
+
+    def say(self, problem: str) -> None:
+        """Show what keeps the worker from a study."""
+        self._presence = replace(self._presence, problem=problem)
+
+    def leave(self) -> None:
+        """Take the worker from the list; it is swept from there later if this does not work."""
+        self._ended = True
+        with contextlib.suppress(StoreUnreachableError):
+            workers.leave(self._store, self._presence.name)
 
     def run(self) -> None:
         while True:
@@ -54,13 +82,20 @@ class Heart(threading.Thread):
                 self._parent = None
                 self._signals.stop()
             claimed, study_id = self._claim, self._study_id
-            if claimed is None or study_id is None:
+            if claimed is None and time.monotonic() - self._told < _TELL_S:
                 continue
             try:
-                queue.beat(self._store, claimed)
-                self.asked = studies.control(self._store, study_id)
+                if claimed is not None and study_id is not None:
+                    queue.beat(self._store, claimed)
+                    self.asked = studies.control(self._store, study_id)
+                self._tell()
                 self._missed = 0
             except Exception as error:  # noqa: BLE001 - a beat must never end the thread
                 self._missed += 1
                 level = logging.WARNING if self._missed == 1 else logging.DEBUG
                 _log.log(level, "a heartbeat did not reach the store: %s", error)
+
+    def _tell(self) -> None:
+        if not self._ended:
+            self._told = time.monotonic()
+            workers.tell(self._store, replace(self._presence, samples_per_s=self.samples_per_s))

@@ -10,14 +10,15 @@ trial goes back to the queue with a checkpoint, the worker ends. Twice: the tria
 
 from __future__ import annotations
 
-import enum
 import gc
 import logging
+import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -31,25 +32,19 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.settings import Settings
-from sweeper.store import Control, Outcome, Store, StoredStudy, queue, recovery, standing, studies
+from sweeper.store import Control, Outcome, Store, StoredStudy, queue
+from sweeper.store.workers import Presence
 from sweeper.tracking import Tracker
 from sweeper.worker.attempt import Attempt
 from sweeper.worker.heart import Heart
 from sweeper.worker.patience import patiently
 from sweeper.worker.signals import Signals, StopNowError
+from sweeper.worker.work import Rest, Work
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
     from sweeper.data import Dataset
 
 _log = logging.getLogger(__name__)
-_IDLE_PAUSE_S: Final = 0.5
-
-
-class _Rest(enum.Enum):
-    """What a worker without a trial does."""
-
-    WAIT = enum.auto()
-    OVER = enum.auto()
 
 
 @dataclass(kw_only=True)
@@ -65,7 +60,6 @@ class Worker:
     parent: int | None = None
     signals: Signals = field(default_factory=Signals)
     _dataset: tuple[DataConfig, Dataset] | None = None
-    _lookouts: dict[str, recovery.Lookout] = field(default_factory=dict)
 
     def run(self) -> None:
         """Work until the study is over, a signal arrives, or something cannot be done.
@@ -74,51 +68,50 @@ class Worker:
         """
         import sweeper.training  # noqa: F401 - seconds that are not to count as the first trial's
 
-        self._heart = Heart(self.store, self.signals, parent=self.parent)
+        self._work = Work(store=self.store, worker=self.name, study=self.study)
+        self._heart = Heart(self.store, self.signals, self._presence(), parent=self.parent)
         self._heart.start()
-        while not self.signals.stopping:
-            try:
-                if not self._work_once():
-                    return
-            except StopNowError:
-                return
+        try:
+            while not self.signals.stopping and self._work_once():
+                pass
+        except StopNowError:
+            pass
+        finally:
+            self._heart.leave()
+
+    def _presence(self) -> Presence:
+        from sweeper.training.device import visible
+
+        found = visible()
+        return Presence(
+            name=self.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=", ".join(name for name, _ in found) or "cpu",
+            launcher=names.launcher_name(),
+        )
 
     def _work_once(self) -> bool:
         """Train one trial, or wait a moment where there is none. False: nothing is left to do."""
-        found = patiently(self._look_for_work, "look for work", self.signals)
-        if found is _Rest.OVER:
+        found = patiently(self._work.next, "look for work", self.signals)
+        if found is Rest.OVER:
             return False
-        if found is _Rest.WAIT:
-            time.sleep(_IDLE_PAUSE_S)
+        if found is Rest.WAIT:
+            until = time.monotonic() + self._work.pause_s()
+            while time.monotonic() < until and not self.signals.stopping:
+                time.sleep(0.1)
             return True
         study, claimed = found
         with self._heart.beating(study, claimed):
-            self._train(study, claimed)
-        return True
-
-    def _look_for_work(self) -> tuple[StoredStudy, queue.Claim] | _Rest:
-        wanted = [self.study] if self.study else studies.names(self.store)
-        for name in wanted:
-            study = studies.load(self.store, name)
-            if studies.control(self.store, study.id) is not Control.RUN:
+            try:
+                self._train(study, claimed)
+            except (DataNotFoundError, MissingExtraError) as error:
                 if self.study:
-                    return _Rest.OVER
-                continue
-            claimed = queue.claim(self.store, study.id, self.name)
-            if claimed is not None:
-                return study, claimed
-            self._look_after(study)
-            if self.study and standing(self.store, study).over:
-                return _Rest.OVER
-        return _Rest.WAIT
-
-    def _look_after(self, study: StoredStudy) -> None:
-        """With nothing to train: find lost trials, whoever's they were."""
-        lookout = self._lookouts.setdefault(study.name, recovery.Lookout(study.spec.faults))
-        lookout.reap(self.store, study.id)
-        if recovery.due(study.spec, self.store.storage.get_all_trials(study.id, deepcopy=False)):
-            with self.store.exclusively():
-                recovery.reconcile(self.store, study.id, study.spec)
+                    raise
+                _log.error("%s cannot be trained here, it is left to others: %s", study.name, error)
+                self._heart.say(f"{study.name}: {error}")
+                self._work.bar(study)
+        return True
 
     def _train(self, study: StoredStudy, claimed: queue.Claim) -> None:
         """Train one trial to whatever end it finds. Only what no trial survives is raised."""
@@ -167,6 +160,10 @@ class Worker:
     def asked(self) -> Control:
         """What the study was asked for at the last heartbeat."""
         return self._heart.asked
+
+    def note_throughput(self, samples_per_s: float | None) -> None:
+        """What the last epoch reached, for those who look at the workers."""
+        self._heart.samples_per_s = samples_per_s
 
 
 def run_ids_into(store: Store) -> Callable[[str, str], None]:

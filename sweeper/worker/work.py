@@ -1,0 +1,122 @@
+"""Which trial a worker takes next: one study's until it is over, or any study's of the store.
+
+Without a study of its own a worker serves those that are running by ``resources.priority``, the
+highest first, and among equals the oldest. With nothing to do it looks ever less often, and now
+and then for trials whose workers were lost: recovery needs no controller.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from sweeper.store import (
+    Control,
+    Store,
+    StoredStudy,
+    overview,
+    queue,
+    recovery,
+    standing,
+    studies,
+)
+
+_log = logging.getLogger(__name__)
+_KNOWN_S: Final = 10.0
+"""A study's spec, with its priority, is read again after so long."""
+_LOOK_S: Final = 15.0
+_BARRED_S: Final = 300.0
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 5.0
+
+
+class Rest(enum.Enum):
+    """What a worker without a trial does."""
+
+    WAIT = enum.auto()
+    OVER = enum.auto()
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What there is to do for the worker called ``worker``."""
+
+    store: Store
+    worker: str
+    study: str | None = None
+    _known: dict[int, tuple[float, StoredStudy]] = field(default_factory=dict)
+    _lookouts: dict[int, recovery.Lookout] = field(default_factory=dict)
+    _barred: dict[int, float] = field(default_factory=dict)
+    _looked: float = 0.0
+    _idle: int = 0
+
+    def next(self) -> tuple[StoredStudy, queue.Claim] | Rest:
+        """A trial that is now this worker's, or what to do without one."""
+        found = self._of_one(self.study) if self.study else self._of_any()
+        self._idle = self._idle + 1 if found is Rest.WAIT else 0
+        return found
+
+    def pause_s(self) -> float:
+        """How long to wait before the next look; idle workers of a store are never in step."""
+        if self.study:
+            return _FIRST_PAUSE_S
+        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._idle - 1, 6))
+        return longest * random.uniform(0.5, 1)
+
+    def bar(self, study: StoredStudy) -> None:
+        """Leave a study that cannot be trained here to others, for some minutes."""
+        self._barred[study.id] = time.monotonic() + _BARRED_S
+
+    def _of_one(self, name: str) -> tuple[StoredStudy, queue.Claim] | Rest:
+        study = studies.load(self.store, name)
+        if studies.control(self.store, study.id) is not Control.RUN:
+            return Rest.OVER
+        claimed = queue.claim(self.store, study.id, self.worker)
+        if claimed is not None:
+            return study, claimed
+        self._look_after(study)
+        return Rest.OVER if standing(self.store, study).over else Rest.WAIT
+
+    def _of_any(self) -> tuple[StoredStudy, queue.Claim] | Rest:
+        for study in self._queued():
+            if studies.control(self.store, study.id) is Control.RUN:
+                claimed = queue.claim(self.store, study.id, self.worker)
+                if claimed is not None:
+                    return study, claimed
+        if self.store.remote is None and time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic() + random.uniform(0, _LOOK_S)
+            for tally in overview.tallies(self.store):
+                if tally.finished is None and (tally.counts["running"] or tally.counts["failed"]):
+                    self._look_after(self._study(tally.study_id))
+        return Rest.WAIT
+
+    def _queued(self) -> list[StoredStudy]:
+        now = time.monotonic()
+        free = [
+            study_id
+            for study_id in overview.queued(self.store)
+            if self._barred.get(study_id, 0.0) < now
+        ]
+        found = [self._study(study_id) for study_id in free]
+        return sorted(found, key=lambda study: (-study.spec.resources.priority, study.id))
+
+    def _study(self, study_id: int) -> StoredStudy:
+        read_at, known = self._known.get(study_id, (0.0, None))
+        if known is None or time.monotonic() - read_at > _KNOWN_S:
+            known = studies.load_by_id(self.store, study_id)
+            self._known[study_id] = (time.monotonic(), known)
+        return known
+
+    def _look_after(self, study: StoredStudy) -> None:
+        """Find lost trials, whoever's they were. Behind a proxy the controller does it."""
+        if self.store.remote is not None:
+            return
+        lookout = self._lookouts.setdefault(study.id, recovery.Lookout(study.spec.faults))
+        lookout.reap(self.store, study.id)
+        if recovery.due(study.spec, self.store.storage.get_all_trials(study.id, deepcopy=False)):
+            with self.store.exclusively():
+                recovery.reconcile(self.store, study.id, study.spec)
