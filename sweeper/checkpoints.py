@@ -28,7 +28,7 @@ from sweeper.measurement import Measurement
 if TYPE_CHECKING:  # torch and fsspec are loaded once something is read or written
     from fsspec import AbstractFileSystem
 
-    from sweeper.training import Training
+    from sweeper.training import Trial
 
 _log = logging.getLogger(__name__)
 _MAGIC: Final = "sweeper-checkpoint-1"
@@ -51,7 +51,7 @@ class Epoch:
 class Checkpoint:
     """A trial after its last finished epoch.
 
-    ``training`` is :meth:`Training.state_dict`; ``epochs`` are all epochs so far, ``seconds`` of
+    ``training`` is :meth:`Trial.state_dict`; ``epochs`` are all epochs so far, ``seconds`` of
     wall time all attempts took for them.
     """
 
@@ -117,7 +117,7 @@ class TrialCheckpoints:
             and not (self._writing is not None and self._writing.is_alive())
         )
 
-    def write(self, training: Training, epochs: Sequence[Epoch], seconds: float) -> None:
+    def write(self, training: Trial, epochs: Sequence[Epoch], seconds: float) -> None:
         """Copy the trial's state now, and write it in the background.
 
         Waits for the checkpoint before this one: ask :meth:`due` first where that matters.

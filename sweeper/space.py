@@ -38,6 +38,15 @@ FUSIBLE: Final = frozenset(
         "optimizer.beta2",
         "optimizer.eps",
         "optimizer.clip_norm",
+        "optimizer.schedule",
+        "optimizer.schedule.name",
+        "optimizer.schedule.gamma",
+        "optimizer.schedule.min_lr",
+        "optimizer.schedule.factor",
+        "optimizer.schedule.patience",
+        "optimizer.schedule.monitor",
+        "train.epochs",
+        "train.label_smoothing",
         "train.seed",
     }
 )
@@ -252,7 +261,7 @@ def possible(parameter: Values | Range, options: Sequence[Any]) -> list[Any]:
 def structural(path: str) -> bool:
     """Whether trials that differ in ``path`` cannot share one cohort.
 
-    A structural parameter changes a shape, the data, the number of steps or the program itself.
+    A structural parameter changes a shape, the data, an epoch's number of steps or the program.
     What is not known to be otherwise counts as structural: a cohort too few costs time, a cohort
     too many would cost correctness.
     """

@@ -10,7 +10,7 @@ from sweeper.config import TrialConfig
 from sweeper.config.model import Svm
 from sweeper.data import Dataset, load
 from sweeper.errors import UsageError
-from sweeper.training.base import Interrupt, Interrupted, Training, TrainingClosedError
+from sweeper.training.base import Interrupt, Interrupted, Training, TrainingClosedError, Trial
 from sweeper.training.capture import CaptureError
 from sweeper.training.device import best_device, resolved
 from sweeper.training.estimate import estimate_s
@@ -23,6 +23,7 @@ __all__ = [
     "Interrupted",
     "Training",
     "TrainingClosedError",
+    "Trial",
     "best_device",
     "estimate_s",
     "prepare",

@@ -1,4 +1,8 @@
-"""What a worker sees of a trial in training, whatever trains in it."""
+"""What a worker sees of a trial in training, whatever trains in it.
+
+A :class:`Trial` has results and a state. A :class:`Training` is a trial that trains by itself; the
+members of a cohort (`sweeper.training.cohort`) are trials that are trained together.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,8 @@ class TrainingClosedError(SweeperError):
     """The training was closed, and its model is gone."""
 
 
-class Training(ABC):
-    """One trial: made by :func:`sweeper.training.prepare`, used by one thread.
+class Trial(ABC):
+    """One trial in training, used by one thread.
 
     ``parameters`` counts the trainable ones. ``notes`` say how the trial is run (precision, CUDA
     graph or why not, …), each a short text under a short name. ``objective`` is the metric that
@@ -51,15 +55,6 @@ class Training(ABC):
         self.objective = objective
         self.notes: dict[str, str] = {"device": _named(device)}
         self._test: dict[str, float] | None = None
-
-    @abstractmethod
-    def epochs(self, *, interrupt: Interrupt | None = None) -> Generator[Measurement, None, None]:
-        """Train; one Measurement an epoch, beginning after the last finished one.
-
-        Ends after ``train.epochs``, or after a measurement that is not finite. A generator: to
-        close it before is to give the trial up, and frees model, optimizer and graph. Raises
-        Interrupted as soon as ``interrupt`` says so; the running epoch is then lost.
-        """
 
     def test(self) -> dict[str, float]:
         """FINAL_METRICS: the test set, read once, with the last and with the best weights.
@@ -104,6 +99,30 @@ class Training(ABC):
         if not math.isfinite(value):
             return False
         return best is None or (value > best if maximize else value < best)
+
+
+class Training(Trial):
+    """One trial that trains by itself: made by :func:`sweeper.training.prepare`."""
+
+    @abstractmethod
+    def epochs(self, *, interrupt: Interrupt | None = None) -> Generator[Measurement, None, None]:
+        """Train; one Measurement an epoch, beginning after the last finished one.
+
+        Ends after ``train.epochs``, or after a measurement that is not finite. A generator: to
+        close it before is to give the trial up, and frees model, optimizer and graph. Raises
+        Interrupted as soon as ``interrupt`` says so; the running epoch is then lost.
+        """
+
+
+class Poll:
+    """Raises Interrupted once ``interrupt`` says so."""
+
+    def __init__(self, interrupt: Interrupt | None) -> None:
+        self._interrupt = interrupt
+
+    def __call__(self) -> None:
+        if self._interrupt is not None and self._interrupt():
+            raise Interrupted
 
 
 def _named(device: torch.device) -> str:

@@ -13,8 +13,9 @@ graph launches all of them at once. What torch asks for (notes on CUDA semantics
   the capture. Here they leave no trace: `sweeper.training.state` puts everything back.
 - The host must not wait for the device. The last of these steps runs with torch's check for that,
   so that a model that does is found before the capture, which could not be undone as cleanly.
-- Random kernels read torch's default generator, which every capture knows. A replay advances it as
-  eager steps would, and it may be seeded between replays.
+- Random kernels read torch's default generator, which every capture knows, or generators that the
+  graph was told of. A replay advances them as eager steps would, and they may be seeded between
+  replays.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -36,7 +37,8 @@ class CaptureError(SweeperError):
 class CapturedStep:
     """``step`` as a CUDA graph on ``device``.
 
-    ``step`` is run some times and captured. ``undo`` puts back everything that a step changes, in
+    ``step`` is run some times and captured. ``generators`` are those it draws from beside the
+    device's default one. ``undo`` puts back everything that a step changes, in
     place, and frees the gradients; nothing is left of the steps afterwards. Raises CaptureError
     with the reason where the step cannot be captured; training may then go on eagerly.
     """
@@ -47,8 +49,11 @@ class CapturedStep:
         *,
         undo: Callable[[], None],
         device: torch.device,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self._graph.register_generator_state(generator)
         current = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):

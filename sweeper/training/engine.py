@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +18,13 @@ from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.device import noise, repeatable, stream, synchronize
 from sweeper.training.evaluation import evaluate, evaluation_batch
 from sweeper.training.inputs import Inputs, Order
+from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.state import model_state, optimizer_state, restore_optimizer
 from sweeper.training.step import Step, Totals
 
 _CONVOLUTIONAL = frozenset({"cnn", "resnet18", "timm"})
 """Families whose images and kernels are kept channels-last on CUDA, as its convolutions like it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
-    """What one pass over a part of the data gave."""
-
-    loss: float
-    accuracy: float
-    seconds: float
 
 
 class Engine:

@@ -1,11 +1,12 @@
 """From a part of a data set on the device to batches the model takes.
 
-Shapes: ``N`` images of a part, ``B`` of a batch, ``C`` channels, ``H`` x ``W`` pixels.
+Shapes: ``N`` images of a part, ``B`` of a batch, ``K`` trials, ``C`` channels,
+``H`` x ``W`` pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -46,6 +47,7 @@ class Inputs:
         self._memory_format = memory_format
         self._standardize: nn.Module | None = dataset.standardize
         self._augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+        self._whitens = dataset.standardize.whitening is not None
         self._generator = noise_generator(part.images.device)
         if augmented and not dataset.augment.identity:
             self._augment = dataset.augment
@@ -65,6 +67,26 @@ class Inputs:
         """The images ``[B, C, H, W]`` and labels ``[B]`` of these positions."""
         images_BCHW = self._images_NCHW.index_select(0, index_B)
         return self._ready(images_BCHW), self._labels_N.index_select(0, index_B)
+
+    def take_each(
+        self, index_KB: Tensor, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """The images ``[K, B, C, H, W]`` and labels ``[K, B]`` of K trials' positions.
+
+        Each trial's images are augmented from a generator of its own, as :meth:`take` augments
+        them from the device's.
+        """
+        index = index_KB.reshape(-1)
+        x = self._images_NCHW.index_select(0, index)
+        if self._augment is not None:
+            trials = zip(torch.split(x, index_KB.shape[1]), generators, strict=True)
+            x = torch.cat([self._augment(part, generator) for part, generator in trials])
+        if self._standardize is not None:
+            # one trial's at a time: whitening is a product whose last bits depend on its height
+            parts = torch.split(x, index_KB.shape[1] if self._whitens else len(x))
+            x = torch.cat([self._standardize(part).to(self._dtype) for part in parts])
+        labels = self._labels_N.index_select(0, index)
+        return x.view(*index_KB.shape, *x.shape[1:]), labels.view(index_KB.shape)
 
     def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The images ``[B, C, H, W]`` and labels ``[B]`` from ``start`` to before ``stop``."""
@@ -93,6 +115,17 @@ def _fits(images_NCHW: Tensor, dtype: torch.dtype) -> bool:
     return images_NCHW.numel() * dtype.itemsize <= _KEEP_BYTES.get(images_NCHW.device.type, 0)
 
 
+def batches_of(count: int, batch_size: int) -> tuple[int, int]:
+    """How many full batches an epoch has, and how many images the last one has beside them."""
+    full, tail = divmod(count, batch_size)
+    return (full - 1, batch_size + 1) if tail == 1 and full else (full, tail)
+
+
+def drawn_order(count: int, seed: int) -> Tensor:
+    """The order ``[N]`` that an epoch's seed gives, on the CPU."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 class Order:
     """The order of an epoch's images, cut into batches.
 
@@ -103,16 +136,13 @@ class Order:
 
     def __init__(self, count: int, *, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
-        self.full, self.tail = divmod(count, batch_size)
-        if self.tail == 1 and self.full:
-            self.full, self.tail = self.full - 1, batch_size + 1
+        self.full, self.tail = batches_of(count, batch_size)
         self._order_N = torch.arange(count, device=device)
         self._next_B = torch.arange(batch_size, device=device)
 
     def shuffle(self, seed: int) -> None:
         """Draw the order anew. Drawn on the CPU: a seed means the same order on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        self._order_N.copy_(torch.randperm(len(self._order_N), generator=generator))
+        self._order_N.copy_(drawn_order(len(self._order_N), seed))
         self.rewind()
 
     def rewind(self) -> None:

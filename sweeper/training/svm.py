@@ -89,7 +89,7 @@ class SvmTraining(Training):
         """Nothing to load."""
 
     def close(self) -> None:
-        """See :meth:`Training.close`."""
+        """See :meth:`Trial.close`."""
         self._model = None
 
     def _tested(self) -> dict[str, float]:

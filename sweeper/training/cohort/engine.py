@@ -1,0 +1,310 @@
+"""K models of one structure trained as one: vmap of the forward pass over a [K, P] matrix.
+
+Only the forward pass is under vmap. The loss of a member is a number of its own, and the sum of
+them is differentiated once, by the ordinary backward pass, with respect to the whole matrix: no
+member's gradient holds anything of another's, NaN included (design decision 7).
+
+Shapes: ``K`` slots, ``P`` trained numbers of one model, ``N`` training images, ``B`` of a batch,
+``C`` classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sweeper.config import TrialConfig
+from sweeper.data import Dataset, Part
+from sweeper.models import build
+from sweeper.training.capture import CapturedStep, CaptureError
+from sweeper.training.cohort.losses import CohortLoss
+from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
+from sweeper.training.cohort.optimizer import CohortOptimizer
+from sweeper.training.cohort.state import Layout, Numbers
+from sweeper.training.device import repeatable, stream, synchronize
+from sweeper.training.evaluation import evaluation_batch
+from sweeper.training.inputs import Inputs, batches_of, drawn_order
+from sweeper.training.network import Pass
+from sweeper.training.precision import precision_of
+
+
+@dataclass(kw_only=True)
+class Seat:
+    """What the engine knows of a member: ``numbers`` become views once it is in a slot."""
+
+    config: TrialConfig
+    numbers: Numbers
+    rates: dict[str, float]
+
+
+class CohortEngine:
+    """The seats of a cohort, trained and evaluated together.
+
+    ``config`` is any member's; all share its structure. Raises UsageError for a model that does
+    not fit the data.
+    """
+
+    def __init__(self, config: TrialConfig, *, dataset: Dataset, device: torch.device) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._device = device
+        self.precision = precision_of(config.train, device)
+        model = self._built(config)
+        self.layout = Layout.of(model)
+        self.names = tuple(model.state_dict())
+        self._noise = Noise(model, precision=self.precision, device=device)
+        self._template = with_masks(model)
+        self.inputs = self.part(dataset.train, augmented=True)
+        count, size = len(self.inputs), config.train.batch_size
+        self._full, self._tail = batches_of(count, size)
+        self._evaluation_batch = evaluation_batch(config.model, dataset.shape, device)
+        self.seats: list[Seat] = []
+        self._numbers: Numbers  # and what goes with it: there with the first arrangement
+        self._graph: CapturedStep | None = None
+        self._captured: Hashable = None
+        self.graph = "not used: a CUDA graph needs a CUDA device"
+
+    def seat(self, config: TrialConfig) -> Seat:
+        """A member before its first step, in no slot yet."""
+        model = self._built(config)
+        return Seat(
+            config=config, numbers=Numbers.initial(model, self.layout), rates=rates_of(model)
+        )
+
+    def part(self, part: Part, *, augmented: bool = False) -> Inputs:
+        """``part`` of the data set as the models take it."""
+        return Inputs(part, dataset=self._dataset, precision=self.precision, augmented=augmented)
+
+    def arrange(self, seats: Sequence[Seat]) -> None:
+        """Let ``seats`` be the slots, in this order.
+
+        With as many as before, those that are new take over the slot they stand in, and whatever
+        was there is gone; with another number all move to new memory.
+        """
+        if len(seats) == len(self.seats):
+            for k, (new, old) in enumerate(zip(seats, self.seats, strict=True)):
+                if new is not old:
+                    place = self._numbers.slot(k)
+                    place.copy_(new.numbers)
+                    new.numbers = place
+            self.seats = list(seats)
+            return
+        self.drop_graph()
+        self.seats = list(seats)
+        if not seats:
+            return
+        self._numbers = Numbers.stacked([seat.numbers for seat in seats])
+        self._numbers.weights.requires_grad_(True)
+        for k, seat in enumerate(seats):
+            seat.numbers = self._numbers.slot(k)
+        slots, device = len(seats), self._device
+        self._optimizer = CohortOptimizer(slots, dtype=self.precision.dtype, device=device)
+        self._loss = self._loss_of([seat.config for seat in seats])
+        self._totals = _Totals(slots, device)
+        self._order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
+        self._next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
+
+    def train(
+        self, *, epochs: Sequence[int], lrs: Sequence[float], before_batch: Callable[[], None]
+    ) -> list[Pass]:
+        """Every seat's next epoch, which has its own number and learning rate."""
+        seeds = [seat.config.train.seed for seat in self.seats]
+        self._configure(lrs)
+        self._template.train()
+        with repeatable(self._device):
+            self._capture()
+            counted = list(zip(seeds, epochs, strict=True))
+            self._shuffle([stream(seed, "order", epoch) for seed, epoch in counted])
+            self._noise.seed([stream(seed, "noise", epoch) for seed, epoch in counted])
+            self._totals.clear()
+            synchronize(self._device)
+            started = time.perf_counter()
+            self._all_batches(before_batch)
+        synchronize(self._device)
+        seconds = time.perf_counter() - started
+        return self._totals.passes(len(self.inputs), seconds)
+
+    def evaluate(self, inputs: Inputs, before_batch: Callable[[], None]) -> list[Pass]:
+        """Every seat's loss and accuracy on ``inputs``."""
+        return self._evaluated(self._numbers, self._loss, inputs, before_batch)
+
+    def evaluate_states(
+        self, states: Sequence[tuple[TrialConfig, Mapping[str, Tensor]]], inputs: Inputs
+    ) -> list[Pass]:
+        """Loss and accuracy on ``inputs`` of any models, each the ``state_dict`` of a member."""
+        numbers = Numbers.stacked([Numbers.of_state(state, self.layout) for _, state in states])
+        return self._evaluated(numbers, self._loss_of([c for c, _ in states]), inputs, lambda: None)
+
+    def drop_graph(self) -> None:
+        """Free the CUDA graph; the next epoch captures a new one."""
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = self._captured = None
+
+    def _built(self, config: TrialConfig) -> torch.nn.Module:
+        model = build(config.model, self._dataset.shape, seed=config.train.seed)
+        return model.to(device=self._device, dtype=self.precision.dtype)
+
+    def _loss_of(self, configs: Sequence[TrialConfig]) -> CohortLoss:
+        return CohortLoss(
+            self._config.train.loss,
+            [config.train.label_smoothing for config in configs],
+            classes=self._dataset.shape.classes,
+            device=self._device,
+        )
+
+    def _configure(self, lrs: Sequence[float]) -> None:
+        """Bring hyper-parameters to where the step reads them."""
+        self._optimizer.configure([seat.config.optimizer for seat in self.seats], lrs)
+        self._loss.configure([seat.config.train.label_smoothing for seat in self.seats])
+        self._noise.configure([seat.rates for seat in self.seats])
+        for size in {self._config.train.batch_size if self._full else 0, self._tail} - {0}:
+            self._noise.prepare(size, self._dataset.shape)
+
+    def _shuffle(self, seeds: Sequence[int]) -> None:
+        for k, seed in enumerate(seeds):
+            self._order_KN[k].copy_(drawn_order(len(self.inputs), seed))
+        self._rewind()
+
+    def _rewind(self) -> None:
+        torch.arange(len(self._next_B), out=self._next_B)
+
+    def _all_batches(self, before_batch: Callable[[], None]) -> None:
+        for _ in range(self._full):
+            before_batch()
+            if self._graph is None:
+                self._following()
+            else:
+                self._graph.replay()
+        if self._tail:
+            before_batch()
+            self._step(self._order_KN[:, len(self.inputs) - self._tail :])
+
+    def _following(self) -> None:
+        """Train on the next full batch, counted on the device."""
+        index_KB = self._order_KN.index_select(1, self._next_B)
+        self._next_B.add_(len(self._next_B))
+        self._step(index_KB)
+
+    def _step(self, index_KB: Tensor) -> None:
+        """Gather, augment, forward, loss, backward, clip, update, count, for all members."""
+        numbers = self._numbers
+        x_KBCHW, labels_KB = self.inputs.take_each(index_KB, self._noise.generators)
+        masks = self._noise.masks(index_KB.shape[1])
+        dropping = self._noise.dropping
+        for name, layer in self._template.named_modules():
+            if isinstance(layer, MaskedDropout):
+                layer.drops = name in dropping
+        with self._forward():
+            logits_KBC = vmap(self._logits)(numbers.weights, {**numbers.buffers, **masks}, x_KBCHW)
+        losses_K = self._loss(logits_KBC, labels_KB)
+        (gradient_KP,) = torch.autograd.grad(losses_K.sum(), numbers.weights)
+        self._optimizer.update(numbers, gradient_KP, self.layout)
+        with torch.no_grad():
+            self._totals.add(losses_K, logits_KBC, labels_KB)
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """The context of a forward pass. The fused attention of a CPU cannot be batched again."""
+        with self.precision.forward(), contextlib.ExitStack() as stack:
+            if self._device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def _logits(self, row_P: Tensor, buffers: Mapping[str, Tensor], x_BCHW: Tensor) -> Any:
+        named = {**self.layout.named(row_P), **buffers}
+        return functional_call(self._template, named, (x_BCHW,))
+
+    @torch.no_grad()
+    def _evaluated(
+        self,
+        numbers: Numbers,
+        loss: CohortLoss,
+        inputs: Inputs,
+        before_batch: Callable[[], None],
+    ) -> list[Pass]:
+        self._template.eval()
+        slots = len(numbers.weights)
+        totals, batch = _Totals(slots, self._device), max(1, self._evaluation_batch // slots)
+        forward = vmap(self._logits, in_dims=(0, 0, None))
+        started = time.perf_counter()
+        with repeatable(self._device):
+            for start in range(0, len(inputs), batch):
+                before_batch()
+                x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
+                with self._forward():
+                    logits_KBC = forward(numbers.weights, numbers.buffers, x_BCHW)
+                totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
+        passes = totals.passes(len(inputs))
+        seconds = time.perf_counter() - started
+        return [Pass(loss=p.loss, accuracy=p.accuracy, seconds=seconds) for p in passes]
+
+    def _capture(self) -> None:
+        """Make the step a CUDA graph where that is wanted, works, and is not done yet.
+
+        Rates of dropout are built into it, and which rules the optimizer has: a refill that brings
+        others is captured anew, one that brings only other numbers is not.
+        """
+        wanted = self._config.train.graph
+        if self._device.type != "cuda" or not self._full:
+            return
+        if wanted == "off":
+            self.graph = "not used: train.graph is off"
+            return
+        program = (self._optimizer.program, self._noise.program, self._loss.smooths)
+        if self._captured == program:
+            return
+        self.drop_graph()
+        before = self._numbers.copied(torch.device("cpu"))
+
+        def undo() -> None:
+            self._numbers.copy_(before)
+            self._totals.clear()
+            self._rewind()
+
+        self._rewind()
+        self._captured = program
+        try:
+            self._graph = CapturedStep(
+                self._following,
+                undo=undo,
+                device=self._device,
+                generators=self._noise.generators,
+            )
+            self.graph = "captured"
+        except CaptureError as error:
+            if wanted == "on":
+                raise
+            self.graph = f"not used: {error}"
+
+
+class _Totals:
+    """Loss and hits of every member, summed on the device and read once."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self._loss_K = torch.zeros(slots, dtype=torch.float64, device=device)
+        self._correct_K = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def clear(self) -> None:
+        self._loss_K.zero_()
+        self._correct_K.zero_()
+
+    def add(self, mean_loss_K: Tensor, logits_KBC: Tensor, labels_KB: Tensor) -> None:
+        self._loss_K.add_(mean_loss_K, alpha=labels_KB.shape[1])
+        self._correct_K.add_((logits_KBC.argmax(-1) == labels_KB).sum(-1))
+
+    def passes(self, count: int, seconds: float = 0.0) -> list[Pass]:
+        """Mean loss and accuracy over ``count`` images. Waits for the device."""
+        both = torch.stack([self._loss_K, self._correct_K.double()]).tolist()
+        return [
+            Pass(loss=loss / count, accuracy=correct / count, seconds=seconds)
+            for loss, correct in zip(*both, strict=True)
+        ]

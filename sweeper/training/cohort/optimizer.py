@@ -1,0 +1,176 @@
+"""SGD, momentum, Nesterov, Adam and AdamW for K members in one update, each with its own numbers.
+
+The arithmetic and its order are those of torch.optim's single-tensor versions (sgd.py, adam.py),
+which take no learning rate a member. What a member's rule does not use is left out with ``where``,
+never multiplied by zero: zero times a neighbour's NaN would be no neighbour's, but zero times an
+own overflow would.
+
+Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one number a member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from sweeper.config.optimizer import OptimizerConfig
+from sweeper.training.cohort.state import Layout, Numbers
+
+_ADAM_EPS: Final = 1e-8
+"""torch.optim's own, for Adam and AdamW."""
+
+
+def kept_state(config: OptimizerConfig) -> tuple[str, ...]:
+    """The names under which ``torch.optim`` keeps what this rule remembers of its steps."""
+    if config.name in {"adam", "adamw"}:
+        return ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if momentum_of(config) else ()
+
+
+def momentum_of(config: OptimizerConfig) -> float:
+    """Momentum, or beta1, as `sweeper.optim` understands the section."""
+    if config.name == "sgd":
+        return 0.0
+    return 0.9 if config.momentum is None else config.momentum
+
+
+@dataclass(frozen=True)
+class Program:
+    """Which operations an update has; a captured one is captured anew where this changes."""
+
+    sgd: bool
+    nesterov: bool
+    adam: bool
+    decoupled: bool
+    clipped: bool
+
+
+class CohortOptimizer:
+    """One update of all members; hyper-parameters lie in tensors that keep their addresses."""
+
+    def __init__(self, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        def column(value: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.full((slots, 1), value, dtype=dtype, device=device)
+
+        self._configs: list[OptimizerConfig] = [OptimizerConfig(name="sgd")] * slots
+        self._lr = column(dtype=torch.float64)
+        self._beta1 = column(dtype=torch.float64)
+        self._beta2 = column(dtype=torch.float64)
+        self._minus_lr = column()
+        self._kept_share = column(1.0)
+        self._coupled = column()
+        self._momentum = column()
+        self._one_less_beta1 = column()
+        self._squares_kept = column()
+        self._one_less_beta2 = column()
+        self._eps = column()
+        self._clip_norm = column(math.inf)
+        self._is_adam = column(0.0, torch.bool)
+        self._is_nesterov = column(0.0, torch.bool)
+        self._is_clipped = column(0.0, torch.bool)
+        self.program = self._planned()
+
+    def configure(self, configs: Sequence[OptimizerConfig], lrs: Sequence[float]) -> None:
+        """Set the hyper-parameters of every slot and the learning rates of the coming epoch."""
+        self._configs = list(configs)
+        momenta = [momentum_of(each) for each in configs]
+        adam = [each.name in {"adam", "adamw"} for each in configs]
+        decoupled = [each.name == "adamw" for each in configs]
+        decay = [each.weight_decay for each in configs]
+        beta2 = [each.beta2 for each in configs]
+        clip = [each.clip_norm for each in configs]
+        _fill(self._lr, lrs)
+        _fill(self._beta1, momenta)
+        _fill(self._beta2, beta2)
+        _fill(self._minus_lr, [-lr for lr in lrs])
+        _fill(
+            self._kept_share,
+            [1 - lr * w if off else 1.0 for lr, w, off in zip(lrs, decay, decoupled, strict=True)],
+        )
+        _fill(self._coupled, [0.0 if off else w for w, off in zip(decay, decoupled, strict=True)])
+        _fill(self._momentum, momenta)
+        _fill(self._one_less_beta1, [1 - beta for beta in momenta])
+        _fill(self._squares_kept, beta2)
+        _fill(self._one_less_beta2, [1 - beta for beta in beta2])
+        _fill(self._eps, [_ADAM_EPS if each.eps is None else each.eps for each in configs])
+        _fill(self._clip_norm, [math.inf if norm is None else norm for norm in clip])
+        _fill(self._is_adam, adam)
+        _fill(self._is_nesterov, [each.name == "nesterov" for each in configs])
+        _fill(self._is_clipped, [norm is not None for norm in clip])
+        self.program = self._planned()
+
+    def _planned(self) -> Program:
+        names = {each.name for each in self._configs}
+        return Program(
+            sgd=bool(names & {"sgd", "momentum", "nesterov"}),
+            nesterov="nesterov" in names,
+            adam=bool(names & {"adam", "adamw"}),
+            decoupled="adamw" in names,
+            clipped=any(each.clip_norm is not None for each in self._configs),
+        )
+
+    @torch.no_grad()
+    def update(self, numbers: Numbers, gradient_KP: Tensor, layout: Layout) -> None:
+        """One step of every member, in place."""
+        program, weights_KP = self.program, numbers.weights
+        numbers.steps.add_(1)
+        if program.clipped:
+            gradient_KP = self._clipped(gradient_KP, layout)
+        gradient_KP = torch.addcmul(gradient_KP, weights_KP, self._coupled)
+        if program.decoupled:
+            weights_KP.mul_(self._kept_share)
+        if not program.adam:
+            first_KP, moved_KP = self._sgd(numbers, gradient_KP)
+        else:
+            first_KP, second_KP, moved_KP = self._adam(numbers, gradient_KP)
+            if program.sgd:
+                other_first_KP, other_moved_KP = self._sgd(numbers, gradient_KP)
+                first_KP = torch.where(self._is_adam, first_KP, other_first_KP)
+                second_KP = torch.where(self._is_adam, second_KP, numbers.second)
+                moved_KP = torch.where(self._is_adam, moved_KP, other_moved_KP)
+            numbers.second.copy_(second_KP)
+        numbers.first.copy_(first_KP)
+        weights_KP.copy_(moved_KP)
+
+    def _clipped(self, gradient_KP: Tensor, layout: Layout) -> Tensor:
+        """``clip_grad_norm_`` of each member: the norm of its parameters' norms."""
+        sizes = [shape.numel() for shape in layout.shapes.values()]
+        parts = torch.split(gradient_KP, sizes, dim=1)
+        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in parts]
+        norm_K1 = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, keepdim=True)
+        share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
+        return gradient_KP * torch.where(self._is_clipped, share_K1, torch.ones_like(share_K1))
+
+    def _sgd(self, numbers: Numbers, gradient_KP: Tensor) -> tuple[Tensor, Tensor]:
+        """Momentum and weights after the step. A momentum of zeros acts as none on the first."""
+        first_KP = numbers.first * self._momentum + gradient_KP
+        direction_KP = first_KP
+        if self.program.nesterov:
+            ahead_KP = torch.addcmul(gradient_KP, first_KP, self._momentum)
+            direction_KP = torch.where(self._is_nesterov, ahead_KP, first_KP)
+        return first_KP, torch.addcmul(numbers.weights, direction_KP, self._minus_lr)
+
+    def _adam(self, numbers: Numbers, gradient_KP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both averages and the weights after the step."""
+        steps_K1 = numbers.steps[:, None]
+        correction1_K1 = 1 - self._beta1**steps_K1
+        correction2_K1 = 1 - self._beta2**steps_K1
+        dtype = gradient_KP.dtype
+        minus_size_K1 = (-self._lr / correction1_K1).to(dtype)
+        root_K1 = correction2_K1.sqrt().to(dtype)
+        first_KP = torch.lerp(numbers.first, gradient_KP, self._one_less_beta1)
+        second_KP = torch.addcmul(
+            numbers.second * self._squares_kept, self._one_less_beta2 * gradient_KP, gradient_KP
+        )
+        denominator_KP = second_KP.sqrt() / root_K1 + self._eps
+        moved_KP = torch.addcdiv(numbers.weights, minus_size_K1 * first_KP, denominator_KP)
+        return first_KP, second_KP, moved_KP
+
+
+def _fill(column_K1: Tensor, values: Sequence[float]) -> None:
+    column_K1.copy_(torch.tensor(values, dtype=torch.float64)[:, None])

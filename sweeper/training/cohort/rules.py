@@ -1,0 +1,59 @@
+"""Which trials can train as one batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final
+
+import torch
+
+from sweeper.config import TrialConfig
+from sweeper.space import FUSIBLE
+
+FAMILIES: Final = frozenset({"mlp", "mixer", "cnn", "vit"})
+"""Models whose forward pass gives every member what it gives alone (tested in float64)."""
+
+OPTIMIZERS: Final = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw"})
+"""Rules of `sweeper.training.cohort.optimizer`."""
+
+
+def why_alone(config: TrialConfig, device: torch.device) -> str | None:
+    """Why a trial of this configuration cannot join a cohort on ``device``, or None if it can."""
+    model, optimizer, train = config.model, config.optimizer, config.train
+    if model.name not in FAMILIES:
+        return f"model {model.name} is none of {_listed(FAMILIES)}"
+    if optimizer.name not in OPTIMIZERS:
+        return f"optimizer {optimizer.name} is none of {_listed(OPTIMIZERS)}"
+    if train.compile == "on":
+        return "train.compile is on, and a compiled step is one model's"
+    if train.precision == "float16":
+        return "loss scaling for float16 is one trial's"
+    if train.layer_statistics:
+        return "layer statistics are taken from one model's gradients"
+    if train.graph == "on" and device.type != "cuda":
+        return "train.graph: on needs a CUDA device"
+    return None
+
+
+def structure(config: TrialConfig) -> str:
+    """A short text that two trials share if they fit into one cohort: all but what may differ.
+
+    What may differ is `sweeper.space.FUSIBLE`.
+    """
+    kept = _without(config.model_dump(mode="json"), "")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    result = {}
+    for key, value in tree.items():
+        path = prefix + key
+        if path in FUSIBLE:
+            continue
+        result[key] = _without(value, f"{path}.") if isinstance(value, dict) else value
+    return result
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))

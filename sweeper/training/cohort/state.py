@@ -1,0 +1,202 @@
+"""One member's numbers, and those of all members as matrices.
+
+Shapes: ``K`` slots of a cohort, ``P`` trained numbers of one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sweeper.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where each parameter of a model lies in its flat row, and which buffers it has."""
+
+    shapes: Mapping[str, torch.Size]
+    buffers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Raises UsageError where a parameter is not trained: a row has no place for those."""
+        shapes: dict[str, torch.Size] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                raise UsageError(f"every parameter of a member must be trained, but {name} is not")
+            shapes[name] = parameter.shape
+        kept = model.state_dict()
+        return cls(shapes=shapes, buffers=tuple(name for name in kept if name not in shapes))
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def named(self, row_P: Tensor) -> dict[str, Tensor]:
+        """The parameters in a row, as views; one split, so that the gradient is one row as well."""
+        parts = torch.split(row_P, [shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Everything that training changes of one member, or of all of them where stacked to [K, …].
+
+    ``first`` is the momentum of SGD or Adam's average of gradients, ``second`` Adam's average of
+    their squares, ``steps`` the steps so far (float64).
+    """
+
+    weights: Tensor
+    buffers: dict[str, Tensor]
+    first: Tensor
+    second: Tensor
+    steps: Tensor
+
+    @classmethod
+    def initial(cls, model: nn.Module, layout: Layout) -> Self:
+        """Those of a model before its first step."""
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        row_P = torch.cat([state[name].flatten() for name in layout.shapes])
+        return cls(
+            weights=row_P,
+            buffers={name: state[name].clone() for name in layout.buffers},
+            first=torch.zeros_like(row_P),
+            second=torch.zeros_like(row_P),
+            steps=torch.zeros((), dtype=torch.float64, device=row_P.device),
+        )
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], layout: Layout) -> Self:
+        """Those of a ``state_dict`` that is only evaluated."""
+        row_P = torch.cat([state[name].flatten() for name in layout.shapes])
+        none = row_P.new_empty(0)
+        return cls(
+            weights=row_P,
+            buffers={name: state[name] for name in layout.buffers},
+            first=none,
+            second=none,
+            steps=none,
+        )
+
+    @classmethod
+    def stacked(cls, members: Sequence[Numbers]) -> Self:
+        """[K, …] copies of K members' numbers."""
+        return cls(
+            weights=torch.stack([each.weights for each in members]),
+            buffers={
+                name: torch.stack([each.buffers[name] for each in members])
+                for name in members[0].buffers
+            },
+            first=torch.stack([each.first for each in members]),
+            second=torch.stack([each.second for each in members]),
+            steps=torch.stack([each.steps for each in members]),
+        )
+
+    def slot(self, k: int) -> Self:
+        """Views of the numbers in slot ``k``."""
+        return type(self)(
+            weights=self.weights.detach()[k],
+            buffers={name: value[k] for name, value in self.buffers.items()},
+            first=self.first[k],
+            second=self.second[k],
+            steps=self.steps[k],
+        )
+
+    @torch.no_grad()
+    def copy_(self, other: Numbers) -> None:
+        """Take over the numbers of ``other``, in place."""
+        self.weights.copy_(other.weights)
+        for name, value in self.buffers.items():
+            value.copy_(other.buffers[name])
+        self.first.copy_(other.first)
+        self.second.copy_(other.second)
+        self.steps.copy_(other.steps)
+
+    def copied(self, device: torch.device | None = None) -> Self:
+        """Copies with memory of their own, on ``device`` (None: where they are)."""
+
+        def copy(value: Tensor) -> Tensor:
+            return value.detach().to(device or value.device, copy=True)
+
+        return type(self)(
+            weights=copy(self.weights),
+            buffers={name: copy(value) for name, value in self.buffers.items()},
+            first=copy(self.first),
+            second=copy(self.second),
+            steps=copy(self.steps),
+        )
+
+
+def model_state(numbers: Numbers, layout: Layout, order: Sequence[str]) -> dict[str, Tensor]:
+    """One member's ``state_dict`` of its model, as views, in the model's ``order``."""
+    found = {**layout.named(numbers.weights), **numbers.buffers}
+    return {name: found[name] for name in order}
+
+
+@torch.no_grad()
+def load_model_state(numbers: Numbers, layout: Layout, state: Mapping[str, Tensor]) -> None:
+    """Put a model's ``state_dict`` into one member's numbers, in place."""
+    for name, value in layout.named(numbers.weights).items():
+        value.copy_(state[name])
+    for name, value in numbers.buffers.items():
+        value.copy_(state[name])
+
+
+def optimizer_state(
+    numbers: Numbers, layout: Layout, kept: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """One member's optimizer state as ``torch.optim`` keeps it, by position of the parameter.
+
+    ``kept``: its names there, ``momentum_buffer`` of SGD or ``step``, ``exp_avg``, ``exp_avg_sq``.
+    """
+    steps = float(numbers.steps)
+    if not kept or steps == 0:
+        return {}
+    series = {
+        "momentum_buffer": numbers.first,
+        "exp_avg": numbers.first,
+        "exp_avg_sq": numbers.second,
+    }
+    tensors = {name: list(layout.named(series[name]).values()) for name in kept if name != "step"}
+    state: dict[int, dict[str, Any]] = {}
+    for position in range(len(layout.shapes)):
+        state[position] = {
+            name: torch.tensor(steps, dtype=torch.float32)
+            if name == "step"
+            else tensors[name][position].detach().to("cpu", copy=True)
+            for name in kept
+        }
+    return state
+
+
+@torch.no_grad()
+def load_optimizer_state(
+    numbers: Numbers, layout: Layout, state: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Put what ``torch.optim`` keeps into one member's numbers, in place; what it lacks is zero.
+
+    SGD counts no steps, and then it only matters whether there was one.
+    """
+    numbers.first.zero_()
+    numbers.second.zero_()
+    numbers.steps.fill_(1 if state else 0)
+    first, second = (list(layout.named(row).values()) for row in (numbers.first, numbers.second))
+    for position, of_parameter in state.items():
+        for name, value in of_parameter.items():
+            if not isinstance(value, Tensor):
+                continue
+            if name in {"momentum_buffer", "exp_avg"}:
+                first[position].copy_(value)
+            elif name == "exp_avg_sq":
+                second[position].copy_(value)
+            elif name == "step":
+                numbers.steps.copy_(value)

@@ -1,0 +1,293 @@
+"""Members of a cohort against the same trials alone, in float64, whatever their neighbours do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sweeper.config import DataShape, TrialConfig
+from sweeper.data import Dataset
+from sweeper.errors import TrialDivergedError, UsageError
+from sweeper.measurement import Measurement
+from sweeper.training import Interrupted, TrainingClosedError, prepare
+from sweeper.training.base import Training, Trial
+from sweeper.training.cohort import Cohort, Member
+
+CPU = torch.device("cpu")
+COLOUR = DataShape(3, 8, 8, 4)
+MakeConfig = Callable[..., TrialConfig]
+MakeDataset = Callable[..., Dataset]
+
+MLP: dict[str, Any] = {"name": "mlp", "width": 12, "layers": 1, "norm": "batch"}
+MODELS: dict[str, dict[str, Any]] = {
+    "mixer": {"name": "mixer", "patch": 4, "embed_dim": 8, "blocks": 2, "stem_norm": "batch"},
+    "mlp": MLP,
+    "vit": {"name": "vit", "patch": 4, "embed_dim": 8, "blocks": 1, "position": "learned"},
+    "cnn": {"name": "cnn", "channels": [4, 4], "hidden": 16, "batch_norm": True},
+}
+OPTIMIZERS = ["sgd", "momentum", "nesterov", "adam", "adamw"]
+COMPARED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr")
+
+
+def varied(index: int, optimizer: str, **further: Any) -> dict[str, Any]:
+    """A section ``optimizer`` that shares no number with that of another index."""
+    return {
+        "name": optimizer,
+        "lr": (0.03, 0.01, 0.02, 0.004, 0.008)[index % 5],
+        "weight_decay": (0.0, 1e-3, 1e-2, 1e-4, 0.1)[index % 5],
+        "momentum": (0.9, 0.5, 0.8, 0.7, 0.95)[index % 5],
+        "clip_norm": (None, 1.0, None, 0.2, None)[index % 5],
+        **further,
+    }
+
+
+class Bench:
+    """Builds configurations, and trains them alone or in a cohort on one data set."""
+
+    def __init__(self, make_config: MakeConfig, make_dataset: MakeDataset) -> None:
+        self._make_config, self._make_dataset = make_config, make_dataset
+        self._dataset: Dataset | None = None
+
+    def config(
+        self,
+        index: int,
+        optimizer: dict[str, Any],
+        model: dict[str, Any] = MLP,
+        data: dict[str, Any] | None = None,
+        **train: Any,
+    ) -> TrialConfig:
+        dropout = (0.0, 0.1, 0.3, 0.5, 0.2)[index % 5]
+        smoothing = (0.0, 0.1, 0.0, 0.2, 0.05)[index % 5]
+        options = {
+            "batch_size": 20,
+            "epochs": 3,
+            "precision": "float64",
+            "seed": 7 * index,
+            "label_smoothing": smoothing,
+        }
+        return self._make_config(
+            {**model, "dropout": dropout}, optimizer, data, **{**options, **train}
+        )
+
+    def dataset(self, config: TrialConfig) -> Dataset:
+        if self._dataset is None:
+            self._dataset = self._make_dataset(config, train=205, shape=COLOUR)
+        return self._dataset
+
+    def cohort(self, config: TrialConfig) -> Cohort:
+        return Cohort(config, dataset=self.dataset(config), device=CPU)
+
+    def alone(self, config: TrialConfig) -> Training:
+        return prepare(config, folder=Path(), device=CPU, dataset=self.dataset(config))
+
+
+@pytest.fixture
+def bench(make_config: MakeConfig, make_dataset: MakeDataset) -> Bench:
+    return Bench(make_config, make_dataset)
+
+
+def assert_equal(
+    member: Trial, history: Sequence[Measurement], alone: Trial, expected: Sequence[Measurement]
+) -> None:
+    """Weights, running statistics, optimizer state, every measurement and the test set."""
+    assert [each.epoch for each in history] == [each.epoch for each in expected]
+    for mine, theirs in zip(history, expected, strict=True):
+        for metric in COMPARED:
+            assert mine.metrics[metric] == pytest.approx(theirs.metrics[metric], rel=1e-7), metric
+    found, wanted = member.state_dict(), alone.state_dict()
+    torch.testing.assert_close(found["engine"], wanted["engine"], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(member.best_weights(), alone.best_weights(), rtol=1e-6, atol=1e-8)
+    assert found["best"]["epoch"] == wanted["best"]["epoch"]
+    assert found["schedule"] == pytest.approx(wanted["schedule"])
+    assert member.test() == pytest.approx(alone.test(), rel=1e-7)
+
+
+def assert_as_alone(bench: Bench, member: Trial, history: Sequence[Measurement]) -> None:
+    alone = bench.alone(member.config)
+    assert_equal(member, history, alone, list(alone.epochs()))
+
+
+@pytest.mark.parametrize("data", [{}, {"augment": ["crop", "flip"], "standardize": "zca"}])
+@pytest.mark.parametrize("model", MODELS)
+def test_members_get_what_they_get_alone(model: str, data: dict[str, Any], bench: Bench) -> None:
+    """All rules in one cohort, 33 steps, no two members with a hyper-parameter in common."""
+    configs = [
+        bench.config(index, varied(index, name), MODELS[model], data)
+        for index, name in enumerate(OPTIMIZERS)
+    ]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    rounds = [dict(cohort.epoch()) for _ in range(3)]
+    cohort.test(members)
+    for member in members:
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_members_of_one_rule_get_what_they_get_alone(optimizer: str, bench: Bench) -> None:
+    configs = [bench.config(index, varied(index, optimizer), epochs=2) for index in (1, 3)]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    rounds = [dict(cohort.epoch()) for _ in range(2)]
+    for member in members:
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_neighbour_that_diverges_changes_nothing(model: str, bench: Bench) -> None:
+    good = bench.config(1, varied(1, "adamw"), MODELS[model])
+    other = bench.config(2, varied(2, "momentum"), MODELS[model])
+    bad = bench.config(4, {"name": "sgd", "lr": 1e300, "clip_norm": 1.0}, MODELS[model])
+    cohort = bench.cohort(good)
+    first, broken, last = (cohort.join(config) for config in (good, bad, other))
+    rounds = [dict(cohort.epoch()) for _ in range(3)]
+    assert not rounds[0][broken].finite
+    assert not broken.testable
+    with pytest.raises(TrialDivergedError, match="finite"):
+        broken.test()
+    for member in (first, last):
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_refill_growth_and_compaction_change_nothing(model: str, bench: Bench) -> None:
+    """One leaves and another takes its slot, one leaves for good, one comes on top."""
+    configs = [
+        bench.config(index, varied(index, name), MODELS[model])
+        for index, name in enumerate(OPTIMIZERS)
+    ]
+    cohort = bench.cohort(configs[0])
+    leaving, pruned, staying = (cohort.join(config) for config in configs[:3])
+    history: dict[Member, list[Measurement]] = {}
+
+    def epoch() -> None:
+        for member, measured in cohort.epoch():
+            history.setdefault(member, []).append(measured)
+
+    epoch()
+    leaving.close()
+    refill = cohort.join(configs[3])  # into the slot that is free
+    epoch()
+    pruned.close()  # and nobody follows: the cohort shrinks
+    epoch()
+    assert [len(history[each]) for each in (leaving, pruned, staying, refill)] == [1, 2, 3, 2]
+    assert_as_alone(bench, staying, history[staying])
+    staying.close()
+    late = cohort.join(configs[4])
+    further = cohort.join(bench.config(6, varied(6, "adam"), MODELS[model]))  # one more than slots
+    epoch()
+    assert_as_alone(bench, refill, history[refill])
+    refill.close()
+    epoch()
+    epoch()
+    for member in (late, further):
+        assert_as_alone(bench, member, history[member])
+    with pytest.raises(TrainingClosedError):
+        leaving.state_dict()
+    for member in (late, further):
+        member.close()
+    assert cohort.members == []
+    assert cohort.epoch() == []
+
+
+def test_a_slot_that_stays_empty_changes_nothing(bench: Bench) -> None:
+    """As with a captured step, which is not captured anew for one member less."""
+    configs = [bench.config(index, varied(index, name)) for index, name in enumerate(OPTIMIZERS)]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    rounds = [dict(cohort.epoch())]
+    engine = cohort._open()
+    engine.graph = "captured"
+    members.pop(1).close()
+    rounds += [dict(cohort.epoch()) for _ in range(2)]
+    assert len(engine.seats) == 5
+    for member in members:
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
+    members[0].close()
+    cohort.epoch()
+    assert len(engine.seats) == 3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_goes_on_alone_and_the_other_way_round(optimizer: str, bench: Bench) -> None:
+    schedule = {"name": "plateau", "patience": 0, "factor": 0.5, "monitor": "val_accuracy"}
+    config = bench.config(3, varied(3, optimizer, schedule=schedule), epochs=4)
+    neighbour = bench.config(1, varied(1, "adam"), epochs=4)
+    whole = bench.alone(config)
+    expected = list(whole.epochs())
+
+    cohort = bench.cohort(config)
+    member = cohort.join(config)
+    cohort.join(neighbour)
+    begun = [dict(cohort.epoch())[member] for _ in range(2)]
+    alone = bench.alone(config)
+    alone.load_state_dict(member.state_dict())
+    assert_equal(alone, begun + list(alone.epochs()), whole, expected)
+
+    half = bench.alone(config)
+    epochs = half.epochs()
+    begun = [next(epochs), next(epochs)]
+    cohort = bench.cohort(config)
+    cohort.join(neighbour)
+    cohort.epoch()
+    resumed = cohort.join(config)
+    resumed.load_state_dict(half.state_dict())
+    history = begun + [dict(cohort.epoch())[resumed] for _ in range(2)]
+    assert_equal(resumed, history, whole, expected)
+
+
+def test_members_may_differ_in_epochs_schedule_and_initialisation(bench: Bench) -> None:
+    configs = [
+        bench.config(0, varied(0, "adam", schedule="cosine"), {**MLP, "init": "orthogonal"}),
+        bench.config(1, varied(1, "sgd", schedule={"name": "exponential", "gamma": 0.5}), epochs=2),
+    ]
+    cohort = bench.cohort(configs[0])
+    long, short = (cohort.join(config) for config in configs)
+    rounds = [dict(cohort.epoch()) for _ in range(2)]
+    assert_as_alone(bench, short, [measured[short] for measured in rounds])
+    short.close()
+    rounds.append(dict(cohort.epoch()))
+    assert_as_alone(bench, long, [measured[long] for measured in rounds])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_other_precisions_and_losses_begin_as_alone(
+    precision: str, loss: str, bench: Bench
+) -> None:
+    """One epoch of few steps: later ones drift apart by rounding."""
+    config = bench.config(
+        2, {"name": "sgd", "lr": 1e-3}, epochs=1, batch_size=100, precision=precision, loss=loss
+    )
+    cohort = bench.cohort(config)
+    member = cohort.join(config)
+    cohort.join(bench.config(3, {"name": "adam"}, batch_size=100, precision=precision, loss=loss))
+    measured = dict(cohort.epoch())[member]
+    (expected,) = bench.alone(config).epochs()
+    tolerance = 1e-5 if precision == "float32" else 1e-2
+    for metric in ("train_loss", "val_loss"):
+        assert measured.metrics[metric] == pytest.approx(expected.metrics[metric], rel=tolerance)
+
+
+def test_an_interrupt_ends_the_epoch_for_all(bench: Bench) -> None:
+    config = bench.config(1, varied(1, "sgd"))
+    cohort = bench.cohort(config)
+    cohort.join(config)
+    asked = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        cohort.epoch(interrupt=lambda: next(asked))
+
+
+def test_another_structure_cannot_join(bench: Bench) -> None:
+    cohort = bench.cohort(bench.config(1, varied(1, "sgd")))
+    with pytest.raises(UsageError, match="same structure"):
+        cohort.join(bench.config(1, varied(1, "sgd"), batch_size=21))
+    with pytest.raises(UsageError, match="alone: optimizer rmsprop is none of"):
+        bench.cohort(bench.config(1, varied(1, "rmsprop")))
+    cohort.close()
+    with pytest.raises(TrainingClosedError):
+        cohort.epoch()

@@ -1,0 +1,155 @@
+"""The parts of a cohort by themselves: which trials fit, update rules, random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sweeper.config import DataShape, TrialConfig
+from sweeper.config.optimizer import OptimizerConfig
+from sweeper.models import build
+from sweeper.optim import make_optimizer
+from sweeper.training.cohort import structure, why_alone
+from sweeper.training.cohort.noise import Noise, rates_of
+from sweeper.training.cohort.optimizer import CohortOptimizer
+from sweeper.training.cohort.state import Layout, Numbers
+from sweeper.training.precision import precision_of
+
+CPU = torch.device("cpu")
+MakeConfig = Callable[..., TrialConfig]
+
+ALONE: dict[str, tuple[dict[str, Any], str]] = {
+    "svm": ({"model": {"name": "svm"}}, "model svm is none of cnn, mixer, mlp, vit"),
+    "resnet18": ({"model": {"name": "resnet18"}}, "model resnet18"),
+    "timm": ({"model": {"name": "timm", "architecture": "x"}}, "model timm"),
+    "custom": ({"model": {"name": "my.models:make"}}, "model my.models:make"),
+    "rmsprop": ({"optimizer": {"name": "rmsprop"}}, "optimizer rmsprop is none of adam, adamw"),
+    "adadelta": ({"optimizer": {"name": "adadelta"}}, "optimizer adadelta"),
+    "compile": ({"compile": "on"}, "train.compile is on"),
+    "float16": ({"precision": "float16"}, "loss scaling for float16"),
+    "statistics": ({"layer_statistics": True}, "layer statistics"),
+    "graph": ({"graph": "on"}, "train.graph: on needs a CUDA device"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_cannot_join_says_why(case: str, make_config: MakeConfig) -> None:
+    sections, reason = ALONE[case]
+    assert reason in (why_alone(make_config(**sections), CPU) or "")
+
+
+@pytest.mark.parametrize("model", ["mlp", "mixer", "cnn", "vit"])
+def test_the_usual_can_join(model: str, make_config: MakeConfig) -> None:
+    section = {"name": model} | ({} if model in {"mlp", "cnn"} else {"patch": 4})
+    assert why_alone(make_config(section), CPU) is None
+
+
+def test_structure_tells_shapes_apart_and_nothing_else(make_config: MakeConfig) -> None:
+    plain = make_config()
+    same = [
+        make_config({"name": "mlp", "width": 16, "layers": 1, "dropout": 0.5, "init": "sparse"}),
+        make_config(optimizer={"name": "sgd", "lr": 0.5, "schedule": "cosine", "clip_norm": 1.0}),
+        make_config(seed=5, epochs=9, label_smoothing=0.1),
+    ]
+    other = [
+        make_config({"name": "mlp", "width": 17, "layers": 1}),
+        make_config({"name": "mlp", "width": 16, "layers": 1, "norm": "layer"}),
+        make_config(data={"augment": ["flip"]}),
+        make_config(batch_size=33),
+        make_config(loss="mse"),
+        make_config(precision="float64"),
+    ]
+    assert {structure(config) for config in same} == {structure(plain)}
+    assert len({structure(config) for config in [plain, *other]}) == len(other) + 1
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "sgd": {"name": "sgd", "lr": 0.1},
+    "sgd, decayed": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
+    "momentum": {"name": "momentum", "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3},
+    "no momentum": {"name": "momentum", "lr": 0.05, "momentum": 0.0},
+    "nesterov": {"name": "nesterov", "lr": 0.05, "weight_decay": 1e-3, "clip_norm": 0.5},
+    "no nesterov": {"name": "nesterov", "lr": 0.05, "momentum": 0.0},
+    "adam": {"name": "adam", "lr": 0.02, "momentum": 0.3, "beta2": 0.9, "weight_decay": 0.01},
+    "adamw": {"name": "adamw", "lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 2.0},
+}
+
+
+def test_every_rule_is_that_of_torch() -> None:
+    """Ten steps of all rules at once, with gradients of every size, against torch.optim."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    layout = Layout.of(model)
+    configs = [OptimizerConfig.model_validate(section) for section in RULES.values()]
+    twins = [[p.detach().clone().requires_grad_() for p in model.parameters()] for _ in configs]
+    optimizers = [make_optimizer(c, twin) for c, twin in zip(configs, twins, strict=True)]
+    for optimizer in optimizers:  # the versions whose operations are the reference
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = None, False
+    numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in configs])
+    cohort = CohortOptimizer(len(configs), dtype=torch.float64, device=CPU)
+    for step in range(10):
+        lrs = [config.lr * 0.9**step for config in configs]
+        cohort.configure(configs, lrs)
+        gradient_KP = torch.randn(len(configs), layout.size, dtype=torch.float64) * 10 ** (step - 5)
+        cohort.update(numbers, gradient_KP, layout)
+        for k, (optimizer, config) in enumerate(zip(optimizers, configs, strict=True)):
+            named = layout.named(gradient_KP[k].clone())
+            for parameter, gradient in zip(twins[k], named.values(), strict=True):
+                parameter.grad = gradient.clone()
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(twins[k], config.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[k]
+            optimizer.step()
+    for k, name in enumerate(RULES):
+        expected = torch.cat([parameter.detach().flatten() for parameter in twins[k]])
+        torch.testing.assert_close(
+            numbers.weights[k], expected, rtol=1e-13, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("model", ["mlp", "mixer", "cnn", "vit"])
+def test_masks_are_what_dropout_draws(model: str, make_config: MakeConfig) -> None:
+    """Layer by layer the very numbers, for members of different rates and seeds."""
+    shape = DataShape(3, 8, 8, 4)
+    section: dict[str, Any] = {"name": model}
+    section |= {"patch": 4, "embed_dim": 8} if model in {"mixer", "vit"} else {}
+    config = make_config(section, precision="float64")
+    rates = (0.0, 0.25, 0.5)
+    models = [
+        build(config.model.model_copy(update={"dropout": rate}), shape, seed=0).double().train()
+        for rate in rates
+    ]
+    noise = Noise(models[0], precision=precision_of(config.train, CPU), device=CPU)
+    noise.configure([rates_of(each) for each in models])
+    noise.prepare(6, shape)
+    noise.seed([11, 12, 13])
+    drawn = noise.masks(6)
+    assert len(drawn) == len(rates_of(models[0]))
+    images = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    for k, each in enumerate(models):
+        found: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, found: dict[str, torch.Tensor] = found) -> Any:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+                found[name] = torch.where(inputs[0] == 0, 0.0, output / inputs[0])
+
+            return hook
+
+        for name, layer in each.named_modules():
+            if isinstance(layer, nn.Dropout):
+                layer.register_forward_hook(keep(name))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11 + k)
+            each(images)
+        for name, mask in found.items():
+            expected = drawn[f"{name}.mask"][k]
+            known = mask != 0
+            torch.testing.assert_close(mask[known], expected[known])
+        shares = [(drawn[f"{name}.mask"][k] == 0).double().mean().item() for name in found]
+        assert all((share > 0) == (rates[k] > 0) for share in shares)
