@@ -1,0 +1,88 @@
+"""Launchers on the real thing. Each gives a place in which the contract can be tried."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeper.launchers import Group, Launcher, LauncherName, LocalLauncher, local, open_launcher
+from sweeper.study.spec import Resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a launcher finds two GPUs, real or not. ``restarts``: it replaces dead copies itself.
+
+    ``open`` gives a launcher; with the same name, one for the same group. ``wait_s`` is how long
+    the place may take to start or end something on a busy machine.
+    """
+
+    open: Callable[[str], Launcher]
+    restarts: bool
+    wait_s: float = 60.0
+
+
+def group(name: str, logs: Path) -> Group:
+    """A group with nothing special about it."""
+    return Group(name=name, logs=logs, resources=Resources())
+
+
+@pytest.fixture
+def local_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """This machine, with two GPUs that only their numbers make."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    local.gpus.cache_clear()
+    yield Place(open=lambda _name: LocalLauncher(), restarts=False)
+    local.gpus.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of one machine with two GPUs that only Ray believes in."""
+    ray: Any = pytest.importorskip("ray", reason="Ray is not installed: sweeper[ray]")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=2,
+            namespace="sweeper",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100_000_000,
+            _system_config={"prestart_worker_first_driver": False},
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def ray_place(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """The Ray cluster, without what the test left in it."""
+    opened: list[Launcher] = []
+
+    def open_(name: str) -> Launcher:
+        opened.append(open_launcher("ray", group(f"{tmp_path.name}-{name}", tmp_path / "logs")))
+        return opened[-1]
+
+    yield Place(open=open_, restarts=True)
+    for launcher in opened:
+        launcher.stop(now=True)
+
+
+PLACES: tuple[LauncherName, ...] = ("local", "ray")
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    """Each launcher's place in turn."""
+    found: Place = request.getfixturevalue(f"{request.param}_place")
+    return found
