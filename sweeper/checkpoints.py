@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sweeper.config import TrialConfig
 from sweeper.measurement import Measurement
+from sweeper.private import private_folder, private_opener
 
 if TYPE_CHECKING:  # torch and fsspec are loaded once something is read or written
     from fsspec import AbstractFileSystem
@@ -269,8 +270,8 @@ class _Folder:
         """Write the file whole or not at all."""
         temporary = f"{name}.{uuid.uuid4().hex[:8]}.tmp"
         if self._local is not None:
-            self._local.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with (self._local / temporary).open("xb") as stream:
+            private_folder(self._local)
+            with open(self._local / temporary, "xb", opener=private_opener) as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())

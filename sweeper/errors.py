@@ -19,7 +19,7 @@
     └── TrialLostError              –   the store gave the trial to another worker
 
 The docstring of a class is its default message. Errors of other libraries are translated where
-they enter, with ``raise … from``.
+they enter, with ``raise … from``. Passwords in addresses are left out of every message.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sweeper.private import redacted
+
 
 class SweeperError(Exception):
     """sweeper could not go on."""
@@ -35,7 +37,8 @@ class SweeperError(Exception):
     exit_code = 1
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or inspect.cleandoc(type(self).__doc__ or "").splitlines()[0])
+        default = inspect.cleandoc(type(self).__doc__ or "").splitlines()[0]
+        super().__init__(redacted(message or default))
 
 
 class UsageError(SweeperError):

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from sweeper import __version__
+from sweeper.private import redacted
 from sweeper.settings import COMMIT_TAG
 
 _PACKAGES = ("torch", "torchvision", "optuna", "mlflow", "numpy")
@@ -74,7 +75,4 @@ def environment_tags() -> dict[str, str]:
 
 def command() -> str:
     """The command line of this process, fit to be shown: an address's password is left out."""
-    from sweeper.settings import masked
-
-    words = [masked(word) if "://" in word else word for word in sys.argv[1:]]
-    return " ".join(["sweeper", *words])
+    return redacted(" ".join(["sweeper", *sys.argv[1:]]))

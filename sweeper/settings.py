@@ -28,6 +28,7 @@ from typing import Final, Self
 from sqlalchemy.engine import URL, make_url
 
 from sweeper.errors import UsageError
+from sweeper.private import redacted
 
 WORKER_VARIABLE: Final = "SWEEPER_WORKER"
 LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
@@ -160,9 +161,9 @@ def sqlite_url(file: Path) -> str:
 
 
 def masked(url: str) -> str:
-    """``url`` fit for people to see: a password is replaced by ``***``."""
+    """``url`` fit for people to see: what is secret in it is replaced by ``***``."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        return redacted(make_url(url).render_as_string(hide_password=True))
     except Exception:  # noqa: BLE001 - whatever is wrong with it, it must not be shown
         return "<unreadable URL>"
 

@@ -14,7 +14,7 @@ import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
 from sweeper.errors import StoreUnreachableError, TrackerUnreachableError, UsageError
-from sweeper.settings import Settings, group_name
+from sweeper.settings import Settings, group_name, masked
 
 if TYPE_CHECKING:
     from sweeper.cli.view import View
@@ -327,7 +327,7 @@ def _result(
             "metrics": dict(best.metrics),
             "values": list(best.values),
         },
-        "tracking_uri": settings.tracking_uri or settings.embedded_tracking_uri,
+        "tracking_uri": masked(settings.tracking_uri or settings.embedded_tracking_uri),
         "experiment_id": experiment_id,
         "seconds": round(seconds, 3),
     }
@@ -354,5 +354,5 @@ def _say_result(now: Standing, settings: Settings, report: Path | None) -> None:
     console.print(line, style="green")
     for path, value in best.params.items():
         console.print(f"  {path} = {text(value)}")
-    where = settings.tracking_uri or "run: sweeper ui"
+    where = masked(settings.tracking_uri) if settings.tracking_uri else "run: sweeper ui"
     console.print(f"compare the runs in MLflow ({where})")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.cli.printing import STATE_STYLE, duration, err, number, text
+from sweeper.settings import masked
 from sweeper.store import Standing, TrialRow
 from sweeper.store.view import STATES
 
@@ -91,7 +92,7 @@ class _LiveView:
             head,
             _bar(now),
             states,
-            Text(f"{times}   MLflow: {self._tracking() or 'starting'}", style="dim"),
+            Text(f"{times}   MLflow: {self._where}", style="dim"),
         ]
         if now.best is not None:
             parts.append(Text.from_markup(_best(now)))
@@ -100,6 +101,11 @@ class _LiveView:
         if note:
             parts.append(Text(note, style="yellow"))
         return Group(*parts)
+
+    @property
+    def _where(self) -> str:
+        address = self._tracking()
+        return masked(address) if address else "starting"
 
 
 def _bar(now: Standing) -> Table:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from sweeper.launchers.base import THREAD_VARIABLES, Group, Job, Process, tail
+from sweeper.private import private_folder, private_opener
 from sweeper.settings import WORKER_VARIABLE, local_worker_name
 
 
@@ -100,7 +101,7 @@ class LocalLauncher:
         """Start ``count`` workers on the devices that no living worker holds."""
         taken = {child.slot for child in self._children if child.process.poll() is None}
         free = (slot for slot in range(len(taken) + count) if slot not in taken)
-        job.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(job.logs)
         return [
             self._process(self._start_one(job, slot))
             for slot, _ in zip(free, range(count), strict=False)
@@ -115,7 +116,7 @@ class LocalLauncher:
         if not device:
             for variable in THREAD_VARIABLES:
                 environment.setdefault(variable, "1")
-        with log.open("ab") as stream:
+        with open(log, "ab", opener=private_opener) as stream:
             process = subprocess.Popen(
                 job.command(sys.executable),
                 stdin=subprocess.DEVNULL,

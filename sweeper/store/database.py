@@ -37,6 +37,7 @@ from sweeper.errors import (
     StoreUnreachableError,
     UsageError,
 )
+from sweeper.private import FILE_MODE, private_file, private_folder
 from sweeper.settings import masked
 from sweeper.store.schema import create_own_tables, is_complete
 
@@ -192,7 +193,8 @@ def _address(url: str) -> URL:
 def _open_sqlite(address: URL) -> RDBStorage:
     """Under the lock. SQLite tells in no time that its tables are there."""
     file = Path(str(address.database))
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(file.parent)
+    private_file(file)  # what SQLite puts beside it gets the same mode
     url = address.render_as_string(hide_password=False)
     backend = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_TIMEOUT_S}})
     event.listen(backend.engine, "connect", _prepare_sqlite)
@@ -269,8 +271,8 @@ def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[Non
     """One holder among all processes that use the database: a file lock or an advisory lock."""
     if address.get_backend_name() == "sqlite":
         file = Path(str(address.database)).absolute()
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(f"{file}.lock"):
+        private_folder(file.parent)
+        with FileLock(f"{file}.lock", mode=FILE_MODE):
             yield
         return
     own = engine is None

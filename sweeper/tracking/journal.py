@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sweeper.private import private_folder, private_opener
 from sweeper.tracking.records import Record
 
 _SUFFIX: Final = ".jsonl"
@@ -67,7 +68,8 @@ class JournalFiles:
 
     def set_offset(self, offset: int) -> None:
         temporary = self.shipped_file.with_suffix(".shipped.tmp")
-        temporary.write_text(str(offset))
+        with open(temporary, "w", encoding="utf-8", opener=private_opener) as stream:
+            stream.write(str(offset))
         temporary.replace(self.shipped_file)
 
     def read(self, offset: int) -> Chunk:
@@ -90,7 +92,7 @@ class JournalFiles:
 
     def set_aside(self, refused: Mapping[str, Any]) -> None:
         """Keep what the server refuses, for people to look at."""
-        with self.rejected_file.open("a", encoding="utf-8") as stream:
+        with open(self.rejected_file, "a", encoding="utf-8", opener=private_opener) as stream:
             stream.write(json.dumps(refused) + "\n")
 
     def remove(self) -> None:
@@ -132,7 +134,7 @@ class Journal(JournalFiles):
     def keep_file(self, file: Path) -> str:
         """Copy ``file`` into the spool; its path relative to the spool folder."""
         folder = self.files / uuid.uuid4().hex
-        folder.mkdir(parents=True)
+        private_folder(folder)
         copy = folder / file.name
         shutil.copyfile(file, copy)
         return copy.relative_to(self.path.parent).as_posix()
@@ -160,9 +162,10 @@ class Journal(JournalFiles):
             return self._descriptor
         if self._closed:
             raise ValueError("a tracker must not be used once it is closed")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(self.path.parent)
         hidden = self.path.with_suffix(".new")  # nobody must see the journal before it is locked
-        descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_RDWR, 0o644)
+        flags = os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_RDWR
+        descriptor = private_opener(str(hidden), flags)
         lock(descriptor)
         hidden.rename(self.path)
         self._descriptor = descriptor

@@ -238,7 +238,9 @@ def run_address(tracking_uri: str, experiment: str, run_id: str | None = None) -
     """Where a browser shows the experiment of that id, or one run of it; None without a server."""
     if urlsplit(tracking_uri).scheme not in {"http", "https"}:
         return None
-    page = f"{tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs"
+    address = urlsplit(tracking_uri)
+    bare = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()  # without a login
+    page = f"{bare.rstrip('/')}/#/experiments/{experiment}/runs"
     return f"{page}{'/' + run_id if run_id else ''}?workflowType=machine_learning"
 
 

@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
+from sweeper.private import private_folder
 from sweeper.settings import sqlite_url
 
 _WATCH_S: Final = 0.5
@@ -61,7 +62,8 @@ def _serve(database: Path, artifacts: Path, listener: socket.socket) -> None:
     warnings.simplefilter("ignore")  # of MLflow's own imports; nobody reads them here
     import uvicorn
 
-    database.parent.mkdir(parents=True, exist_ok=True)
+    os.umask(0o077)  # all that this process creates is the home folder's
+    private_folder(artifacts)
     with sqlite3.connect(database) as connection:  # readers do not wait for the writer
         connection.execute("PRAGMA journal_mode=WAL")
     connection.close()

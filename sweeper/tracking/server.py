@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sweeper.errors import TrackerUnreachableError
+from sweeper.private import FILE_MODE, private_folder, private_opener
 from sweeper.settings import Settings
 
 _HOST: Final = "127.0.0.1"
@@ -70,10 +71,12 @@ class LocalServer:
             self._unwell += 1
             if self._unwell < _UNWELL_CHECKS:
                 return _address(known[1])
-        self._settings.home.mkdir(parents=True, exist_ok=True)
+        private_folder(self._settings.home)
         try:
             with FileLock(
-                self._settings.server_file.with_suffix(".lock"), timeout=self._start_timeout_s
+                self._settings.server_file.with_suffix(".lock"),
+                timeout=self._start_timeout_s,
+                mode=FILE_MODE,
             ):
                 return self._find_or_start()
         except Timeout as error:
@@ -117,12 +120,12 @@ class LocalServer:
     def _launch(self) -> str:
         settings = self._settings
         log = settings.server_log
-        log.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(log.parent)
         if log.exists() and log.stat().st_size > _LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
         listener = _listener(settings)
         port = int(listener.getsockname()[1])
-        with listener, log.open("ab") as output:
+        with listener, open(log, "ab", opener=private_opener) as output:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "sweeper.tracking.serve"),
@@ -182,7 +185,8 @@ def _read(file: Path) -> dict[str, float]:
 def _write(file: Path, pid: int, port: int) -> None:
     temporary = file.with_suffix(".json.tmp")
     started = psutil.Process(pid).create_time()
-    temporary.write_text(json.dumps({"pid": pid, "port": port, "started": started}))
+    with open(temporary, "w", encoding="utf-8", opener=private_opener) as stream:
+        json.dump({"pid": pid, "port": port, "started": started}, stream)
     temporary.replace(file)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sweeper.errors import TrackerRefusedError
+from sweeper.private import private_opener
 from sweeper.settings import RUN_KEY_TAG, STARTED_TAG
 from sweeper.tracking import mlflow
 from sweeper.tracking.batch import Batch, Point, batches, halves
@@ -287,6 +288,6 @@ class Shipper:
 @contextlib.contextmanager
 def _one_at_a_time(spool: Path) -> Iterator[None]:
     """Only one process of this machine looks for a run and creates it at a time."""
-    with (spool / "create.lock").open("w") as file:
+    with open(spool / "create.lock", "w", opener=private_opener) as file:
         lock(file.fileno())
         yield

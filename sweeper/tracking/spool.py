@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from sweeper.errors import TrackerUnreachableError
+from sweeper.private import private_folder
 from sweeper.settings import NONFINITE_TAG, worker_name
 from sweeper.tracking.journal import Journal, JournalFiles, claimed, left_behind
 from sweeper.tracking.mlflow import ServerFailedError
@@ -65,7 +66,7 @@ class SpoolTracker:
         on_run_id: RunIdCallback | None = None,
         gather_s: float = 1.0,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         self._journal = Journal(folder, writer or worker_name())
         self._sender = _Sender(self._journal, address, on_run_id, gather_s)
         self._runs: dict[str, _Known] = {}
