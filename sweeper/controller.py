@@ -126,6 +126,9 @@ class Outage:
 class Sweep:
     """A study and the workers that this process keeps for it.
 
+    ``allow_imports``: the workers may import models that the study names. Only for a study that
+    came from a file of the person who started this, not out of the store.
+
     Call :meth:`start` once, :meth:`tick` every second or so until it says that the sweep is over.
     """
 
@@ -135,6 +138,7 @@ class Sweep:
     launcher: Launcher
     workers: int
     environment: dict[str, str] = field(default_factory=dict)
+    allow_imports: bool = False
     stopping: bool = False
     _buried: set[str] = field(default_factory=set)
     _quick: int = 0
@@ -148,8 +152,9 @@ class Sweep:
     def job(self) -> Job:
         """The command line of one worker. Only one on this machine can end with this process."""
         tied = [] if self.launcher.elsewhere else ["--tied"]
+        allowed = ["--allow-imports"] if self.allow_imports else []
         return Job(
-            argv=[PYTHON, "-m", "sweeper", "worker", self.study.name, *tied],
+            argv=[PYTHON, "-m", "sweeper", "worker", self.study.name, *tied, *allowed],
             environment={
                 **self.settings.environment(),
                 LAUNCHER_VARIABLE: self.launcher.name,

@@ -17,7 +17,9 @@ FOLDER_MODE: Final = 0o700
 
 _HIDDEN: Final = "***"
 _WEB_LOGIN: Final = re.compile(r"(\bhttps?://)[^\s/?#\"'<>]*@", re.IGNORECASE)
-_PASSWORD: Final = re.compile(r"(\b(?!https?:)[a-z][\w+.-]*://[^\s:/@]*):[^\s\"'<>]*@", re.IGNORECASE)
+_PASSWORD: Final = re.compile(
+    r"(\b(?!https?:)[a-z][\w+.-]*://[^\s:/@]*):[^\s\"'<>]*@", re.IGNORECASE
+)
 _SECRET_FIELD: Final = re.compile(
     r"([?&;]\w*(?:password|passwd|pwd|secret|token|api_?key|access_key)="
     r"|\b(?:password|passwd)=)[^&;\s\"'<>]+",

@@ -56,6 +56,7 @@ class Bench:
             settings=self.settings,
             study=spec.name,
             name="me",
+            allow_imports=True,
             signals=self.signals,
         )
 

@@ -255,7 +255,7 @@ def _report(
 
     try:
         with saying() as say:
-            data = collect(opened, study, settings, command=command(), say=say)
+            data = collect(opened, study, settings, command=command(), allow_imports=True, say=say)
             return data, write_report(data, settings, limit_s=_TEST_S, say=say)
     except Exception as error:  # noqa: BLE001 - the trials are done: no report may undo that
         said = f"{type(error).__name__}: {error}"

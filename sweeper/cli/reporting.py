@@ -32,6 +32,12 @@ def report(
         bool,
         typer.Option("--no-model", help="Leave out what the best model's weights and data show."),
     ] = False,
+    allow_imports: Annotated[
+        bool,
+        typer.Option(
+            "--allow-imports", help="Import the best model where it is one of the study's own."
+        ),
+    ] = False,
     store: StoreOption = None,
     home: HomeOption = None,
     json_: JsonOption = False,
@@ -46,7 +52,10 @@ def report(
     opened = open_store(settings.store_url)
     loaded = [studies.load(opened, name) for name in names]
     with saying() as say:
-        found = [collect(opened, study, settings, say=say) for study in loaded]
+        found = [
+            collect(opened, study, settings, allow_imports=allow_imports, say=say)
+            for study in loaded
+        ]
         if len(found) == 1:
             from sweeper.report.write import write_report
 

@@ -35,6 +35,12 @@ def worker(
     ] = None,
     store: StoreOption = None,
     home: HomeOption = None,
+    allow_imports: Annotated[
+        bool,
+        typer.Option(
+            "--allow-imports", help="Import models of their own (package.module:name) for studies."
+        ),
+    ] = False,
     tied: Annotated[
         bool, typer.Option("--tied", hidden=True, help="End with the process that started it.")
     ] = False,
@@ -65,6 +71,7 @@ def worker(
             settings=settings,
             study=study,
             parent=parent,
+            allow_imports=allow_imports,
             signals=signals,
         ).run()
 

@@ -4,14 +4,20 @@ The factory gets the keyword arguments of the ``model`` section, and, where it n
 the data decide: ``shape`` (a :class:`~sweeper.config.DataShape`), ``channels``, ``height``,
 ``width``, ``classes``. It returns a module that maps images [B, channels, height, width] to logits
 [B, classes].
+
+A study file may not run code, so what it can name is bounded: modules of installed packages and of
+``PYTHONPATH``, not the current folder's (see ``sweeper.__main__``); nothing of Python's own library
+or of its installers; of torch only classes of modules. Which of these a worker imports for a study
+that came out of a store is its owner's decision (``--allow-imports``).
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -22,6 +28,10 @@ from sweeper.study.suggest import did_you_mean
 
 FROM_DATA = ("shape", *DataShape._fields)
 """Arguments that a factory need not be given: the data decide them."""
+
+_NO_MODELS: Final = sys.stdlib_module_names | {"pip", "setuptools", "pkg_resources", "distutils"}
+_CLASSES_ONLY: Final = frozenset({"torch", "mlflow", "optuna"})
+"""Packages with functions that run what they are given (``torch.hub.load`` and its like)."""
 
 
 def check_custom(config: CustomConfig) -> Callable[..., Any]:
@@ -63,6 +73,7 @@ def custom(config: CustomConfig, shape: DataShape) -> nn.Module:
 
 def _import(name: str) -> Callable[..., Any]:
     module_name, factory_name = name.split(":")
+    _refuse(name, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -90,7 +101,29 @@ def _import(name: str) -> Callable[..., Any]:
         raise UsageError(
             f"model {name}: the factory must be callable, but it is a {type(factory).__name__}"
         )
+    if inspect.isroutine(factory) or inspect.isclass(factory):
+        _refuse(name, getattr(factory, "__module__", None) or module_name)
+    package = module_name.partition(".")[0]
+    if package in _CLASSES_ONLY and not _is_module_class(factory):
+        raise UsageError(
+            f"model {name}: of {package} only subclasses of torch.nn.Module can be a model, but "
+            f"this is a {type(factory).__name__}; wrap it in a factory of your own package"
+        )
     return factory  # type: ignore[no-any-return]  # callable() does not narrow Any
+
+
+def _is_module_class(factory: Any) -> bool:
+    return isinstance(factory, type) and issubclass(factory, nn.Module)
+
+
+def _refuse(name: str, module_name: str) -> None:
+    """Refuse what no model can be of: before it is imported, and after under its true name."""
+    package = module_name.partition(".")[0]
+    if package in _NO_MODELS:
+        raise UsageError(
+            f"model {name}: the factory must be of a package of models, but it is of Python's own "
+            f"{package}; write a factory in a package of yours"
+        )
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

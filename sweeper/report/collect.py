@@ -31,7 +31,8 @@ class StudyData:
 
     ``found`` are its configurations, ``factors`` the paths in which they differ. ``runs`` are the
     tracker's records by run key; where there are none, ``tracker_problem`` says why. ``command``
-    is what started the study, empty where nobody knows.
+    is what started the study, empty where nobody knows. ``allow_imports``: a model of the study's
+    own may be imported, because the study is trusted.
     """
 
     study: StoredStudy
@@ -41,6 +42,7 @@ class StudyData:
     runs: Mapping[str, RunRecord] = field(default_factory=dict)
     tracker_problem: str = ""
     command: str = ""
+    allow_imports: bool = False
 
     @property
     def name(self) -> str:
@@ -71,7 +73,13 @@ class StudyData:
 
 
 def collect(
-    store: Store, study: StoredStudy, settings: Settings, *, command: str = "", say: Say = silent
+    store: Store,
+    study: StoredStudy,
+    settings: Settings,
+    *,
+    command: str = "",
+    allow_imports: bool = False,
+    say: Say = silent,
 ) -> StudyData:
     """Read the study from the store, and its runs from the tracker where it answers."""
     now = standing(store, study)
@@ -96,6 +104,7 @@ def collect(
         runs=runs,
         tracker_problem=problem,
         command=command or (started.tags.get("sweeper.command", "") if started else ""),
+        allow_imports=allow_imports,
     )
 
 

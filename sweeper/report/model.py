@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sweeper.config import DataConfig, TrialConfig
-from sweeper.config.model import Svm
+from sweeper.config.model import Custom, Svm
 from sweeper.data import Dataset, load
 from sweeper.errors import (
     DataNotFoundError,
@@ -102,6 +102,11 @@ def best_weights(data: StudyData, settings: Settings) -> Weights:
     if best is None:
         raise UsageError("no trial has completed")
     config = data.now.spec.trial_config(best.params)
+    if isinstance(config.model, Custom) and not data.allow_imports:
+        raise UsageError(
+            f"the best model, {config.model.name}, must be imported to be shown, and code named by "
+            "a study of the store must be allowed: sweeper report --allow-imports"
+        )
     if isinstance(config.model, Svm):
         raise UsageError("a support vector machine has no weights to show")
     uri = readable_uri(settings)

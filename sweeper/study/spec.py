@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from sweeper.config import DataConfig, ModelConfig, OptimizerConfig, Section, TrainConfig
 from sweeper.config import TrialConfig as TrialConfig
 from sweeper.measurement import OBJECTIVE_METRICS
-from sweeper.space import Parameter
+from sweeper.space import Parameter, Values
 
 SECTIONS = ("data", "model", "optimizer", "train")
 """The sections that make up a trial; the first word of every parameter's path."""
@@ -322,6 +322,21 @@ class StudySpec(Section):
             name: getattr(self, name).model_dump(mode="json", exclude_unset=True)
             for name in SECTIONS
         }
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """The models ``package.module:factory`` that a trial of this study may import."""
+        values: list[Any] = [self.model.name]
+        for path in ("model.name", "model"):
+            if isinstance(known := self.parameters.get(path), Values):
+                values += known.values
+            values += [
+                trial.params[path]
+                for trial in (self.reference.trials if self.reference else ())
+                if path in trial.params
+            ]
+        names = [value.get("name") if isinstance(value, Mapping) else value for value in values]
+        return tuple(dict.fromkeys(name for name in map(str, names) if ":" in name))
 
     def stored(self) -> str:
         """The spec as JSON, for the store; ``model_validate_json`` reads it back equal."""

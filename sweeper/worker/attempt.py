@@ -15,7 +15,8 @@ from sweeper import checkpoints
 from sweeper import settings as names
 from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints
 from sweeper.config import TrialConfig
-from sweeper.errors import StoreUnreachableError, TrialLostError
+from sweeper.config.model import Custom
+from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
 from sweeper.measurement import EPOCH_METRICS, Measurement, summary
 from sweeper.provenance import environment_tags
 from sweeper.store import Control, Outcome, StoredStudy, queue, recovery, standing
@@ -69,6 +70,8 @@ class Attempt:
             lambda: queue.values_of(spec, self.study.study, self.claimed), "read the trial"
         )
         config = spec.trial_config(values)
+        if isinstance(config.model, Custom) and not worker.allow_imports:
+            raise UsageError(f"{config.model.name} must not be imported: no --allow-imports")
         self._start_run(config)
         first = spec.objective[0]
         by = (

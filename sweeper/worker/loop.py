@@ -50,7 +50,8 @@ _log = logging.getLogger(__name__)
 @dataclass(kw_only=True)
 class Worker:
     """One worker process. ``study``: train this study's trials until it is over; None: serve all
-    running studies of the store, and wait for more."""
+    running studies of the store, and wait for more. ``allow_imports``: whether a study of the store
+    may have this machine import a model of its own; without, its trials stay in the queue."""
 
     store: Store
     tracker: Tracker
@@ -58,17 +59,23 @@ class Worker:
     study: str | None = None
     name: str = field(default_factory=names.worker_name)
     parent: int | None = None
+    allow_imports: bool = False
     signals: Signals = field(default_factory=Signals)
     _dataset: tuple[DataConfig, Dataset] | None = None
 
     def run(self) -> None:
         """Work until the study is over, a signal arrives, or something cannot be done.
 
-        Raises UsageError where no trial of the study can run here (data, packages).
+        Raises UsageError where no trial of the study can run here (data, packages, imports).
         """
         import sweeper.training  # noqa: F401 - seconds that are not to count as the first trial's
 
-        self._work = Work(store=self.store, worker=self.name, study=self.study)
+        self._work = Work(
+            store=self.store,
+            worker=self.name,
+            study=self.study,
+            allow_imports=self.allow_imports,
+        )
         self._heart = Heart(self.store, self.signals, self._presence(), parent=self.parent)
         self._heart.start()
         try:

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
+from sweeper.errors import UsageError
 from sweeper.store import (
     Control,
     Store,
@@ -43,19 +44,27 @@ class Rest(enum.Enum):
 
 @dataclass(kw_only=True)
 class Work:
-    """What there is to do for the worker called ``worker``."""
+    """What there is to do for the worker called ``worker``.
+
+    ``allow_imports``: trials whose model is imported by a name that the study gives count as well.
+    """
 
     store: Store
     worker: str
     study: str | None = None
+    allow_imports: bool = False
     _known: dict[int, tuple[float, StoredStudy]] = field(default_factory=dict)
     _lookouts: dict[int, recovery.Lookout] = field(default_factory=dict)
     _barred: dict[int, float] = field(default_factory=dict)
+    _told: set[int] = field(default_factory=set)
     _looked: float = 0.0
     _idle: int = 0
 
     def next(self) -> tuple[StoredStudy, queue.Claim] | Rest:
-        """A trial that is now this worker's, or what to do without one."""
+        """A trial that is now this worker's, or what to do without one.
+
+        Raises UsageError where the one study that is wanted may not be trained here.
+        """
         found = self._of_one(self.study) if self.study else self._of_any()
         self._idle = self._idle + 1 if found is Rest.WAIT else 0
         return found
@@ -75,6 +84,8 @@ class Work:
         study = studies.load(self.store, name)
         if studies.control(self.store, study.id) is not Control.RUN:
             return Rest.OVER
+        if refused := self._refused(study):
+            raise UsageError(refused)
         claimed = queue.claim(self.store, study.id, self.worker)
         if claimed is not None:
             return study, claimed
@@ -83,7 +94,9 @@ class Work:
 
     def _of_any(self) -> tuple[StoredStudy, queue.Claim] | Rest:
         for study in self._queued():
-            if studies.control(self.store, study.id) is Control.RUN:
+            if refused := self._refused(study):
+                self._tell_once(study.id, refused)
+            elif studies.control(self.store, study.id) is Control.RUN:
                 claimed = queue.claim(self.store, study.id, self.worker)
                 if claimed is not None:
                     return study, claimed
@@ -94,6 +107,22 @@ class Work:
                     self._look_after(self._study(tally.study_id))
         return Rest.WAIT
 
+    def _refused(self, study: StoredStudy) -> str:
+        """Why this worker must not train the study, if there is a reason."""
+        imported = study.spec.imports
+        if self.allow_imports or not imported:
+            return ""
+        return (
+            f"the study {study.name!r} has its workers import {', '.join(imported)}, which must be "
+            "allowed because the study comes out of the store; its trials stay in the queue. If "
+            "you trust everybody who can write to this store: sweeper worker --allow-imports"
+        )
+
+    def _tell_once(self, study_id: int, why: str) -> None:
+        if study_id not in self._told:
+            self._told.add(study_id)
+            _log.warning("%s", why)
+
     def _queued(self) -> list[StoredStudy]:
         now = time.monotonic()
         free = [
@@ -101,7 +130,13 @@ class Work:
             for study_id in overview.queued(self.store)
             if self._barred.get(study_id, 0.0) < now
         ]
-        found = [self._study(study_id) for study_id in free]
+        found = []
+        for study_id in free:
+            try:
+                found.append(self._study(study_id))
+            except UsageError as error:  # a broken study must not keep the others waiting
+                self._tell_once(study_id, str(error))
+                self._barred[study_id] = now + _BARRED_S
         return sorted(found, key=lambda study: (-study.spec.resources.priority, study.id))
 
     def _study(self, study_id: int) -> StoredStudy:

@@ -115,6 +115,7 @@ class Home:
                 settings=self.settings,
                 study=spec.name,
                 name="worker <1>",
+                allow_imports=True,
             ).run()
             if tracker.flush(60):
                 raise TimeoutError("MLflow did not take what was trained")
