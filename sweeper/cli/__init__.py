@@ -11,6 +11,7 @@ import sys
 import typer
 
 from sweeper.cli import files, launch, reporting, servers, show
+from sweeper.cli.plain import plain
 from sweeper.errors import SweeperError
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ def main() -> None:
     try:
         app()
     except SweeperError as error:
-        sys.stderr.write(f"sweeper: {error}\n")
+        sys.stderr.write(plain(f"sweeper: {error}\n"))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sweeper.cli.options import FileArgument, JsonOption, SetOption
+from sweeper.cli.plain import plain
 from sweeper.errors import Mistake, StudyFileError, UsageError
 
 
@@ -32,9 +33,9 @@ def validate(
 
         print_json([dataclasses.asdict(mistake) for mistake in mistakes])
     elif mistakes:
-        sys.stderr.write("".join(f"{mistake}\n" for mistake in mistakes))
+        sys.stderr.write(plain("".join(f"{mistake}\n" for mistake in mistakes)))
     else:
-        sys.stdout.write("".join(f"{file}: valid\n" for file in files))
+        sys.stdout.write(plain("".join(f"{file}: valid\n" for file in files)))
     if mistakes:
         raise typer.Exit(2)
 

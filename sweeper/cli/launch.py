@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
+from sweeper.cli.plain import plain
 from sweeper.errors import StoreUnreachableError, TrackerUnreachableError, UsageError
 from sweeper.settings import Settings, group_name, masked
 
@@ -147,6 +148,7 @@ class _How:
             study=prepared.study,
             launcher=launcher,
             workers=count,
+            allow_imports=True,  # its spec came from a file of the person who typed this
         )
 
 
@@ -240,7 +242,9 @@ def _publish(
         if written is not None:
             publish(*written, settings, service.wait())
     except TrackerUnreachableError as error:
-        sys.stderr.write(f"sweeper: {error}\nWhat MLflow lacks is kept; send it: sweeper sync\n")
+        sys.stderr.write(
+            f"sweeper: {plain(str(error))}\nWhat MLflow lacks is kept; send it: sweeper sync\n"
+        )
     return written[1].page if written else None
 
 
@@ -259,7 +263,7 @@ def _report(
             return data, write_report(data, settings, limit_s=_TEST_S, say=say)
     except Exception as error:  # noqa: BLE001 - the trials are done: no report may undo that
         said = f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"sweeper: the report could not be written: {said}\n")
+        sys.stderr.write(plain(f"sweeper: the report could not be written: {said}\n"))
         return None
 
 
@@ -353,6 +357,6 @@ def _say_result(now: Standing, settings: Settings, report: Path | None) -> None:
         line += f", test accuracy {number(best.metrics['test_accuracy'])}"
     console.print(line, style="green")
     for path, value in best.params.items():
-        console.print(f"  {path} = {text(value)}")
+        console.print(f"  {text(path)} = {text(value)}")
     where = masked(settings.tracking_uri) if settings.tracking_uri else "run: sweeper ui"
-    console.print(f"compare the runs in MLflow ({where})")
+    console.print(f"compare the runs in MLflow ({where})", markup=False)

@@ -151,7 +151,8 @@ def _described(parameter: Values | Range) -> str:
 
 def _condition(when: Mapping[str, tuple[Any, ...]]) -> str:
     return " and ".join(
-        f"{path} is {' or '.join(text(value) for value in values)}" for path, values in when.items()
+        f"{text(path)} is {' or '.join(text(value) for value in values)}"
+        for path, values in when.items()
     )
 
 
@@ -182,7 +183,7 @@ def print_plan(surveyed: Survey) -> None:
     for column in ("parameter", "values", "when"):
         table.add_column(column)
     for path, parameter in spec.parameters.items():
-        table.add_row(path, _described(parameter), _condition(parameter.when))
+        table.add_row(text(path), _described(parameter), _condition(parameter.when))
     if spec.parameters:
         console.print(table)
     for remark in plan(spec).notes:
@@ -190,5 +191,5 @@ def print_plan(surveyed: Survey) -> None:
     if surveyed.first:
         console.print("first configurations")
         for number, point in enumerate(surveyed.first):
-            chosen = ", ".join(f"{path}={text(value)}" for path, value in point.items())
+            chosen = ", ".join(f"{text(path)}={text(value)}" for path, value in point.items())
             console.print(f"  {number}: {chosen or 'the study as it is'}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 
+from sweeper.cli.plain import plain
 from sweeper.store import TrialRow
 from sweeper.study.spec import StudySpec
 
@@ -37,10 +39,21 @@ def err() -> Console:
     return _console(sys.stderr)
 
 
+class PlainConsole(Console):
+    """Colours and moves the cursor itself; no text that it is given can."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(plain(text), style)
+
+
 def _console(stream: TextIO) -> Console:
     if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(file=stream, highlight=False, width=_ENDLESS, soft_wrap=True)
+        return PlainConsole(file=stream, highlight=False)
+    return PlainConsole(file=stream, highlight=False, width=_ENDLESS, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -115,7 +128,7 @@ def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
     table.add_column("test accuracy", justify="right")
     paths = varied(spec, rows)
     for heading in headings(paths).values():
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     table.add_column("time", justify="right")
     for row in rows:
         value = row.values[0] if row.values else row.last_value

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
+from sweeper.cli.plain import PlainFormatter, plain
 from sweeper.errors import UsageError
 from sweeper.settings import Settings, masked
 
@@ -47,9 +48,9 @@ def worker(
 ) -> None:
     """Pull trials and train them; without a study, serve every running study and wait for more."""
     parent = os.getppid() if tied else None
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
     if count is not None:
         _crew(study, count, Settings.resolve(home=home, store=store))
         return
@@ -134,7 +135,7 @@ def sync(home: HomeOption = None) -> None:
         + "\n"
     )
     if sent.problem:
-        sys.stderr.write(f"sweeper: {sent.problem}\n")
+        sys.stderr.write(plain(f"sweeper: {sent.problem}\n"))
         raise typer.Exit(3)
 
 
@@ -181,7 +182,7 @@ def _compare(study: str, settings: Settings, *, json_: bool) -> None:
     if json_:
         print_json(found)
     elif found:
-        sys.stdout.write("".join(f"{line}\n" for line in found))
+        sys.stdout.write(plain("".join(f"{line}\n" for line in found)))
     else:
         sys.stdout.write(f"{study}: the store and MLflow agree on all {now.budget} trials\n")
     if found:

@@ -123,7 +123,7 @@ def best(
         if name in row.metrics:
             console.print(f"  {name:<22} {number(row.metrics[name])}")
     for path, value in row.params.items():
-        console.print(f"  {path:<22} {text(value)}")
+        console.print(f"  {text(path):<22} {text(value)}")
 
 
 def _ask(study: str, store: str | None, home: object, what: str, said: str) -> None:

@@ -119,7 +119,7 @@ def _best(now: Standing) -> str:
     row = now.best
     if row is None:
         return ""
-    chosen = ", ".join(f"{path}={text(value)}" for path, value in row.params.items())
+    chosen = ", ".join(f"{text(path)}={text(value)}" for path, value in row.params.items())
     metric = now.spec.objective[0].metric
     return f"best [bold green]{number(row.values[0])}[/] {metric} (#{row.number}: {chosen})"
 
@@ -132,7 +132,7 @@ def _running(now: Standing) -> Table:
     rows = [row for row in now.rows if row.state == "running"]
     for row in rows[:_RUNNING_SHOWN]:
         table.add_row(
-            f"#{row.number}", str(row.epoch or 0), number(row.last_value), row.worker or ""
+            f"#{row.number}", str(row.epoch or 0), number(row.last_value), text(row.worker or "")
         )
     if len(rows) > _RUNNING_SHOWN:
         table.add_row(f"… and {len(rows) - _RUNNING_SHOWN} more")
