@@ -52,7 +52,7 @@ def worker(
     to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
     if count is not None:
-        _crew(study, count, Settings.resolve(home=home, store=store))
+        _crew(study, count, Settings.resolve(home=home, store=store), allow_imports=allow_imports)
         return
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
@@ -77,9 +77,9 @@ def worker(
         ).run()
 
 
-def _crew(study: str | None, count: str, settings: Settings) -> None:
+def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: bool) -> None:
     """Keep several workers alive, each a process of its own, until TERM or INT."""
-    from sweeper.launchers import PYTHON, Crew, Job, LocalLauncher, automatic_workers
+    from sweeper.launchers import Crew, Job, LocalLauncher, automatic_workers
 
     if count != "auto" and not (count.isdecimal() and int(count) > 0):
         raise UsageError(f"--count must be a number from 1 on, or auto, but got {count!r}")
@@ -94,6 +94,7 @@ def _crew(study: str | None, count: str, settings: Settings) -> None:
                     *(sys.executable, "-m", "sweeper", "worker"),
                     *filter(None, [study]),
                     "--tied",
+                    *(["--allow-imports"] if allow_imports else []),
                 ],
                 environment=settings.environment(),
                 logs=Path(folder),
