@@ -13,6 +13,7 @@ from sweeper.errors import SweeperError
 from sweeper.measurement import FINAL_METRICS
 from sweeper.provenance import command, commit, versions
 from sweeper.report.collect import StudyData
+from sweeper.report.tables import markdown
 from sweeper.report.write import Report
 from sweeper.settings import Settings
 from sweeper.store import Standing
@@ -69,7 +70,7 @@ def _tags(data: StudyData) -> dict[str, str]:
         names.STUDY_TAG: data.name,
         names.ROLE_TAG: names.ROLE_STUDY,
         "sweeper.command": command(),
-        "mlflow.note.content": data.now.spec.description,
+        "mlflow.note.content": markdown(data.now.spec.description),
         **{f"sweeper.version.{name}": version for name, version in versions().items()},
     }
     if found := commit():

@@ -88,8 +88,8 @@ def table_csv(table: Table) -> str:
     ]
     titles: list[str] = []
     for column, wide in zip(table.columns, spread, strict=True):
-        titles += [column.whole_title]
-        titles += [f"{column.whole_title}, standard deviation"] if wide else []
+        titles += [inert(column.whole_title)]
+        titles += [inert(f"{column.whole_title}, standard deviation")] if wide else []
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(titles)
@@ -106,21 +106,32 @@ def _precise(value: float | str) -> float | str:
     """A number without the noise of binary fractions; text as it is, a dash as nothing."""
     if isinstance(value, float):
         return float(f"{value:.10g}")
-    return "" if value == NOTHING else value
+    return "" if value == NOTHING else inert(value)
+
+
+def inert(text: str) -> str:
+    """``text`` as a CSV cell that no spreadsheet takes for a formula: ``=x`` becomes ``'=x``."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def table_markdown(table: Table) -> str:
     """A table in GitHub's Markdown under its caption."""
-    heads = [_markdown(column.whole_title) for column in table.columns]
+    heads = [markdown(column.whole_title) for column in table.columns]
     lines = [
-        f"**{_markdown(table.caption)}**",
+        f"**{markdown(table.caption)}**",
         "",
         _piped(heads),
         _piped(["---:" if column.numeric else ":---" for column in table.columns]),
-        *(_piped([_markdown(cell.text) for cell in row]) for row in table.rows),
+        *(_piped([markdown(cell.text) for cell in row]) for row in table.rows),
     ]
     if table.note:
-        lines += ["", _markdown(table.note)]
+        lines += ["", markdown(table.note)]
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +139,7 @@ def _piped(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """``text`` so that Markdown shows it as it is, on one line."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", flat)
@@ -210,7 +221,8 @@ def trials_csv(now: Standing) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     objectives = [f"objective.{objective.metric}" for objective in now.spec.objective]
     facts = ["seconds", "attempt", "worker", "model_parameters"]
-    writer.writerow(["number", "state", "outcome", *objectives, *paths, *metrics, *facts])
+    named = map(inert, [*objectives, *paths, *metrics])
+    writer.writerow(["number", "state", "outcome", *named, *facts])
     for row in rows:
         writer.writerow(_cells(row, len(objectives), paths, metrics))
     return stream.getvalue()
@@ -218,7 +230,7 @@ def trials_csv(now: Standing) -> str:
 
 def _cells(row: TrialRow, objectives: int, paths: list[str], metrics: list[str]) -> list[Any]:
     values = list(row.values) + [""] * (objectives - len(row.values))
-    facts = [row.seconds, row.attempt, row.worker, row.model_parameters]
+    facts = [row.seconds, row.attempt, inert(row.worker or ""), row.model_parameters]
     return [
         row.number,
         row.state,
@@ -231,4 +243,6 @@ def _cells(row: TrialRow, objectives: int, paths: list[str], metrics: list[str])
 
 
 def _cell(value: Any) -> Any:
-    return value if isinstance(value, str | int | float) else json.dumps(value)
+    if isinstance(value, str):
+        return inert(value)
+    return value if isinstance(value, int | float) else json.dumps(value)

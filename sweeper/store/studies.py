@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError
+from pydantic import ValidationError
 
 from sweeper.errors import StudyNotFoundError, UsageError
 from sweeper.store import attributes as attr
@@ -99,7 +100,7 @@ def load(store: Store, name: str) -> StoredStudy:
             f"the study {name!r} was started by something other than sweeper; "
             "choose another name with --set name=…"
         )
-    spec = StudySpec.model_validate_json(stored)
+    spec = _spec(name, stored)
     study.pruner = sampling.pruner(spec)
     return StoredStudy(study=study, spec=spec)
 
@@ -109,6 +110,27 @@ def load_by_id(store: Store, study_id: int) -> StoredStudy:
     with reaching(store.url):
         name = store.storage.get_study_name_from_id(study_id)
     return load(store, name)
+
+
+def _spec(name: str, stored: str) -> StudySpec:
+    """The spec that the store holds under ``name``, which names files and is thus checked again.
+
+    Raises UsageError where it is none, or that of another study.
+    """
+    try:
+        spec = StudySpec.model_validate_json(stored)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)[0]
+        raise UsageError(
+            f"the study {name!r} in the store must be one that this version of sweeper can read, "
+            f"but {'.'.join(map(str, found['loc']))}: {found['msg']}"
+        ) from error
+    if spec.name != name:
+        raise UsageError(
+            f"the study {name!r} in the store must have a spec of that name, but it is of "
+            f"{spec.name!r}; somebody has changed one of them by hand"
+        )
+    return spec
 
 
 def update(store: Store, spec: StudySpec) -> StoredStudy:
