@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 
 _QUICK_DEATH_S: Final = 20.0
 _QUICK_DEATHS: Final = 5
+_LONGEST_PAUSE_S: Final = 60.0
 _ALIKE: Final = 3
 _STORE_AWAY_S: Final = 3600.0
 _ERRORS: Final[dict[int, type[SweeperError]]] = {2: UsageError, 3: OutOfReachError}
@@ -123,6 +124,41 @@ class Outage:
 
 
 @dataclass(kw_only=True)
+class QuickDeaths:
+    """Counts workers that die within seconds of their start, to tell a fault from an accident.
+
+    Workers that die together died of one thing, a person with ``kill`` or a node that went down:
+    of all that were there when a death was counted, no other counts. So the count is of starts
+    that came to nothing, one after the other, whatever ended them (the kernel's out-of-memory
+    killer looks like a person). Every worker that ends well or later starts the count anew.
+    """
+
+    count: int = 0
+    _known: set[str] = field(default_factory=set)
+    _not_before: float = 0.0
+
+    def saw(self, process: Process, others: Sequence[Process]) -> None:
+        """Take note of a worker that ended; ``others`` are all that were ever started."""
+        if process.exit_code == 0 or process.lived_s >= _QUICK_DEATH_S:
+            self.count, self._not_before = 0, 0.0
+        elif process.name not in self._known:
+            self.count += 1
+            self._known = {each.name for each in others}
+            pause_s = 0.0 if self.count == 1 else min(_LONGEST_PAUSE_S, 2.0 ** (self.count - 2))
+            self._not_before = time.monotonic() + pause_s
+
+    @property
+    def pausing(self) -> bool:
+        """Whether the next start is to wait: one that failed is not repeated without a pause."""
+        return time.monotonic() < self._not_before
+
+    def hopeless(self, alive: Sequence[Process]) -> bool:
+        """Whether workers die as fast as they are started, and none has lived for a while."""
+        lasting = any(process.lived_s >= _QUICK_DEATH_S for process in alive)
+        return self.count >= _QUICK_DEATHS and not lasting
+
+
+@dataclass(kw_only=True)
 class Sweep:
     """A study and the workers that this process keeps for it.
 
@@ -141,7 +177,7 @@ class Sweep:
     allow_imports: bool = False
     stopping: bool = False
     _buried: set[str] = field(default_factory=set)
-    _quick: int = 0
+    _deaths: QuickDeaths = field(default_factory=QuickDeaths)
     _looked: float = 0.0
     _lookout: recovery.Lookout = field(init=False)
 
@@ -199,7 +235,7 @@ class Sweep:
         if not self.stopping and not now.over:
             work = now.budget - now.ended
             missing = min(self.workers, work) - len(self.alive)
-            if missing > 0 and self._control is Control.RUN:
+            if missing > 0 and not self._deaths.pausing and self._control is Control.RUN:
                 self.launcher.start(self.job, missing)
         return now
 
@@ -215,18 +251,23 @@ class Sweep:
             _log.warning("worker %s died with trial %s", process.name, lost)
             with self.store.exclusively():
                 recovery.reconcile(self.store, self.study.id, self.study.spec)
-        if process.exit_code == 0 or self.stopping:
-            self._quick = 0
+        if self.stopping:
+            return
+        processes = self.launcher.processes()
+        self._deaths.saw(process, processes)
+        if process.exit_code == 0:
             return
         said = self.launcher.log(process.name)
         if kind := _ERRORS.get(process.exit_code or 0):
             raise kind(said.rpartition("sweeper: ")[2].strip())
-        self._quick = self._quick + 1 if process.lived_s < _QUICK_DEATH_S else 0
-        if self._quick >= _QUICK_DEATHS:
+        _log.warning(
+            "worker %s ended with %d; see %s", *(process.name, process.exit_code, process.log)
+        )
+        if self._deaths.hopeless(self.alive):
             raise WorkersFailedError(
-                f"{_QUICK_DEATHS} workers in a row died within {_QUICK_DEATH_S:.0f} s of their "
-                f"start, the last with exit code {process.exit_code}. The end of its log "
-                f"({process.log}):\n{said}"
+                f"workers started {_QUICK_DEATHS} times in a row died within "
+                f"{_QUICK_DEATH_S:.0f} s, the last with exit code {process.exit_code}. The end of "
+                f"its log ({process.log}):\n{said}"
             )
 
     def clean_up(self) -> None:
