@@ -91,7 +91,7 @@ def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: b
             launcher=LocalLauncher(),
             job=Job(
                 argv=[
-                    *(sys.executable, "-m", "sweeper", "worker"),
+                    *(PYTHON, "-m", "sweeper", "worker"),
                     *filter(None, [study]),
                     "--tied",
                     *(["--allow-imports"] if allow_imports else []),
