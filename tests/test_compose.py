@@ -252,7 +252,7 @@ def test_every_installed_version_is_a_constraint() -> None:
         assert words.startswith(("-c constraints.txt ", "--no-deps "))
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
-    wanted = ["sweeper[postgres,timm]", "mlflow[auth]", "psycopg[binary]", "setuptools"]
+    wanted = ["sweeper[postgres,grpc,timm]", "mlflow[auth]", "psycopg[binary]", "setuptools"]
     assert needed(wanted) - pinned == {"sweeper"}
 
 
