@@ -79,7 +79,7 @@ def worker(
 
 def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: bool) -> None:
     """Keep several workers alive, each a process of its own, until TERM or INT."""
-    from sweeper.launchers import Crew, Job, LocalLauncher, automatic_workers
+    from sweeper.launchers import PYTHON, Crew, Job, LocalLauncher, automatic_workers
 
     if count != "auto" and not (count.isdecimal() and int(count) > 0):
         raise UsageError(f"--count must be a number from 1 on, or auto, but got {count!r}")
