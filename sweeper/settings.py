@@ -26,12 +26,16 @@ from pathlib import Path
 from typing import Final, Self
 
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from sweeper.errors import UsageError
 from sweeper.private import redacted
 
 WORKER_VARIABLE: Final = "SWEEPER_WORKER"
 LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
+
+_SECRETS: Final = ("password", "sslpassword")
+"""Parameters of PostgreSQL that are for nobody to see."""
 
 RUN_KEY_TAG: Final = "sweeper.key"
 STUDY_TAG: Final = "sweeper.study"
@@ -88,9 +92,21 @@ class Settings:
         )
 
     @property
+    def on_postgres(self) -> bool:
+        """Whether the store is a database on a PostgreSQL server."""
+        return make_url(self.store_url).get_backend_name() == "postgresql"
+
+    @property
     def embedded_tracking_uri(self) -> str:
-        """The MLflow database of the home folder, which a client can open without a server."""
-        return sqlite_url(self.home / "mlflow.db")
+        """The database of the MLflow server that sweeper starts itself; clients can open it too.
+
+        A file of the home folder, or beside a PostgreSQL store a second database on its server.
+        """
+        if not self.on_postgres:
+            return sqlite_url(self.home / "mlflow.db")
+        store = make_url(self.store_url)
+        beside = store.set(drivername="postgresql+psycopg", database=f"{store.database}_mlflow")
+        return beside.render_as_string(hide_password=False)
 
     @property
     def artifacts(self) -> Path:
@@ -160,10 +176,23 @@ def sqlite_url(file: Path) -> str:
     return URL.create("sqlite", database=str(file)).render_as_string()
 
 
+def has_password(url: str) -> bool:
+    """Whether ``url`` holds a password, before the host or among its parameters."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return False
+    return bool(parsed.password) or any(name in parsed.query for name in _SECRETS)
+
+
 def masked(url: str) -> str:
     """``url`` fit for people to see: what is secret in it is replaced by ``***``."""
     try:
-        return redacted(make_url(url).render_as_string(hide_password=True))
+        parsed = make_url(url)
+        hidden = {name: "***" for name in _SECRETS if name in parsed.query}
+        shown = parsed.update_query_dict(hidden)
+        shown = shown if shown.password else shown._replace(password=None)
+        return redacted(shown.render_as_string(hide_password=True))
     except Exception:  # noqa: BLE001 - whatever is wrong with it, it must not be shown
         return "<unreadable URL>"
 

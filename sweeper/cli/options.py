@@ -7,14 +7,35 @@ from typing import Annotated
 
 import typer
 
+from sweeper.errors import UsageError
+from sweeper.settings import has_password
+
+
+def _without_password(
+    context: typer.Context, parameter: typer.CallbackParam, url: str | None
+) -> str | None:
+    """Refuse a password that was typed: everybody on the machine reads command lines."""
+    source = context.get_parameter_source(str(parameter.name))
+    typed = source is not None and source.name == "COMMANDLINE"
+    if url is not None and typed and has_password(url):
+        raise UsageError(
+            "the URL given with --store must hold no password, for everybody on this machine can "
+            "read command lines; leave it out and set PGPASSWORD or PGPASSFILE (~/.pgpass), or "
+            "give the whole URL in SWEEPER_STORE, or in a file that SWEEPER_STORE_FILE names"
+        )
+    return url
+
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         envvar="SWEEPER_STORE",
         metavar="URL",
-        help="SQL database of the studies. [default: SQLite in the home folder]",
+        help="SQL database of the studies; for a worker also grpc://HOST:PORT. "
+        "[default: SQLite in the home folder]",
         show_default=False,
+        callback=_without_password,
     ),
 ]
 HomeOption = Annotated[

@@ -104,12 +104,13 @@ def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: b
 
 
 def ui(
+    store: StoreOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Serve the MLflow web UI on this home folder until Ctrl-C."""
+    """Serve the MLflow web UI on this home folder, or this store, until Ctrl-C."""
     from sweeper.tracking import LocalServer
 
-    settings = Settings.resolve(home=home)
+    settings = Settings.resolve(home=home, store=store)
     if settings.tracking_uri:
         sys.stdout.write(f"MLflow is at {masked(settings.tracking_uri)}\n")
         return
@@ -124,11 +125,11 @@ def ui(
             sys.stderr.write("\n")
 
 
-def sync(home: HomeOption = None) -> None:
+def sync(store: StoreOption = None, home: HomeOption = None) -> None:
     """Send to MLflow what could not reach it."""
     from sweeper.tracking import TrackingService
 
-    with TrackingService(Settings.resolve(home=home)) as service:
+    with TrackingService(Settings.resolve(home=home, store=store)) as service:
         sent = service.replay()
     sys.stdout.write(
         f"{sent.delivered} records sent, {sent.rejected} refused by MLflow, {sent.left} left"

@@ -11,6 +11,7 @@ against 4.5 s (6.9 s) and 780 MB for ``mlflow server --workers 2`` at the same 5
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -18,26 +19,24 @@ import sqlite3
 import threading
 import time
 import warnings
-from pathlib import Path
 from typing import Any, Final
 
 from sweeper.private import private_folder
-from sweeper.settings import sqlite_url
+from sweeper.settings import Settings
+from sweeper.tracking.database import created
 
 _WATCH_S: Final = 0.5
 _GRACE_S: Final = 5.0
 
 
 def main() -> None:
-    """Serve the database and artifacts of the arguments on the socket that was handed over."""
+    """Serve what the environment's settings name on the socket that was handed over."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--database", type=Path, required=True)
-    parser.add_argument("--artifacts", type=Path, required=True)
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     threading.Thread(target=_end_with, args=(arguments.parent,), daemon=True).start()
-    _serve(arguments.database, arguments.artifacts, socket.socket(fileno=arguments.socket))
+    _serve(Settings.resolve(), socket.socket(fileno=arguments.socket))
 
 
 def _end_with(parent: int) -> None:
@@ -49,13 +48,14 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _serve(database: Path, artifacts: Path, listener: socket.socket) -> None:
+def _serve(settings: Settings, listener: socket.socket) -> None:
     os.environ.update(
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
         MLFLOW_ENABLE_AI_GATEWAY="false",
         # The pool's default of 5 connections overflows as HTTP 400, which no client repeats.
-        MLFLOW_SQLALCHEMYSTORE_POOL_SIZE="40",
+        # As many as there are threads; a PostgreSQL server gets back what is not in use.
+        MLFLOW_SQLALCHEMYSTORE_POOL_SIZE="4" if settings.on_postgres else "40",
         MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW="40",
         MLFLOW_LOGGING_LEVEL="WARNING",
     )
@@ -63,21 +63,25 @@ def _serve(database: Path, artifacts: Path, listener: socket.socket) -> None:
     import uvicorn
 
     os.umask(0o077)  # all that this process creates is the home folder's
-    private_folder(artifacts)
-    with sqlite3.connect(database) as connection:  # readers do not wait for the writer
-        connection.execute("PRAGMA journal_mode=WAL")
-    connection.close()
+    private_folder(settings.artifacts)
+    address, root = settings.embedded_tracking_uri, settings.artifacts.as_uri()
+    if settings.on_postgres:
+        turn: contextlib.AbstractContextManager[None] = created(settings.store_url, address)
+    else:
+        with contextlib.closing(sqlite3.connect(settings.home / "mlflow.db")) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+        turn = contextlib.nullcontext()
 
     from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
 
-    address, root = sqlite_url(database), artifacts.as_uri()
     os.environ[BACKEND_STORE_URI_ENV_VAR] = address
     os.environ[ARTIFACT_ROOT_ENV_VAR] = root
 
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
 
-    initialize_backend_stores(address, address, root)
+    with turn:
+        initialize_backend_stores(address, address, root)
     uvicorn.Server(
         uvicorn.Config(
             _without_assistant(app),

@@ -1,10 +1,10 @@
 """The embedded MLflow server: started where no tracking address is set, for one home folder.
 
-It listens on 127.0.0.1 only, keeps its database and artifacts in the home folder such that both
-can be read without it (``Settings.embedded_tracking_uri``), and ends with the process that started
-it, even if that is killed. ``server.json`` in the home folder tells where it is; a second process
-on the same home uses the server that is there, and after a restart the port is the same, so that
-addresses in a browser and in workers stay good.
+It listens on 127.0.0.1 only, keeps its artifacts in the home folder and its database there too, or
+beside a PostgreSQL store, such that both can be read without it, and ends with the process that
+started it, even if that is killed. ``server.json`` in the home folder tells where it is; a second
+process on the same home uses the server that is there, and after a restart the port is the same, so
+that addresses in a browser and in workers stay good.
 """
 
 from __future__ import annotations
@@ -129,14 +129,13 @@ class LocalServer:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "sweeper.tracking.serve"),
-                    *("--database", str(settings.home / "mlflow.db")),
-                    *("--artifacts", str(settings.artifacts)),
                     *("--socket", str(listener.fileno())),
                     *("--parent", str(os.getpid())),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={**os.environ, **settings.environment()},  # an address may have a password
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is for us; the server ends after the last record
             )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from sweeper.errors import TrackerUnreachableError
 from sweeper.settings import Settings
+from sweeper.tracking.database import is_there
 from sweeper.tracking.server import LocalServer, running_address
 from sweeper.tracking.spool import Address, Replayed, SpoolTracker, replay
 
@@ -110,19 +110,22 @@ def readable_uri(settings: Settings) -> str | None:
     None where nothing was ever tracked.
     """
     uri = settings.tracking_uri or running_address(settings)
-    if uri is None and Path(settings.home / "mlflow.db").exists():
-        uri = settings.embedded_tracking_uri
-    return uri
+    if uri is not None:
+        return uri
+    there = (
+        is_there(settings.store_url, settings.embedded_tracking_uri)
+        if settings.on_postgres
+        else (settings.home / "mlflow.db").exists()
+    )
+    return settings.embedded_tracking_uri if there else None
 
 
 def find_run_ids(settings: Settings, study: str) -> dict[str, str]:
     """Key to run id of a study's runs; nothing where the tracker cannot be reached."""
     from sweeper.tracking import mlflow
 
-    uri = readable_uri(settings)
-    if uri is None:
-        return {}
     try:
-        return mlflow.run_ids(mlflow.connect(uri), study)
+        uri = readable_uri(settings)
+        return {} if uri is None else mlflow.run_ids(mlflow.connect(uri), study)
     except TrackerUnreachableError:
         return {}

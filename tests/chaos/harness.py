@@ -121,7 +121,7 @@ class Chaos:
             self._until_over(file, began + self._plan.limit_s)
         finally:
             self._end_launch()
-        self._sweeper.run("sync")
+        self._sweeper.run("sync", "--store", self._url)
         self.account.seconds = time.monotonic() - began
         self._check()
         return self.account
