@@ -106,7 +106,9 @@ def _precise(value: float | str) -> float | str:
     """A number without the noise of binary fractions; text as it is, a dash as nothing."""
     if isinstance(value, float):
         return float(f"{value:.10g}")
-    return "" if value == NOTHING else inert(value)
+    if isinstance(value, str):
+        return "" if value == NOTHING else inert(value)
+    return value
 
 
 def inert(text: str) -> str:

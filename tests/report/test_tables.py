@@ -98,6 +98,26 @@ def test_a_line_break_in_a_cell_breaks_no_row() -> None:
     assert list(csv.reader(io.StringIO(table_csv(table)))) == [["note"], ["one\ntwo"]]
 
 
+def test_a_spreadsheet_takes_nothing_in_a_csv_for_a_formula() -> None:
+    texts = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\tx", "-0.5", "+1e-3", "−1", "a=b"]
+    table = Table(
+        name="t",
+        caption="",
+        columns=(Column(title="=title"), Column(title="count")),
+        rows=tuple((Cell(text=text), Cell(text="7", value=7)) for text in texts),
+    )
+    titles, *rows = csv.reader(io.StringIO(table_csv(table)))
+    assert titles == ["'=title", "count"]
+    assert [row[0] for row in rows] == [
+        *("'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'\tx"),
+        *("-0.5", "+1e-3", "−1", "a=b"),
+    ]
+    assert {row[1] for row in rows} == {"7"}
+    data = made(row(0, params={"model.name": "=1+1"}, accuracy=0.5, worker="@home"))
+    (line,) = csv.DictReader(io.StringIO(trials_csv(data.now)))
+    assert (line["model.name"], line["worker"]) == ("'=1+1", "'@home")
+
+
 def test_every_trial_is_in_the_csv_with_all_that_is_stored() -> None:
     data = made(
         row(0, params={"optimizer.name": "sgd"}, accuracy=0.5, worker=HOSTILE),
