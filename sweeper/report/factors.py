@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +18,7 @@ from sweeper.report.wording import metric_title, short_names, value
 _LOG_FROM: Final = 20
 """An axis whose largest value is so many times the smallest is logarithmic."""
 
-
+_LABEL_WIDTH: Final = 16
 _TICKS: Final = 12
 """So many values of the factor are written at their places; more would overlap."""
 
@@ -92,7 +93,7 @@ def _against_factor(
         points.sort(key=lambda point: float(point[0]))
     else:
         points.sort(key=lambda point: point[1].rows[0].number)
-    xs = [float(x) if numeric else plain(value(x)) for x, _ in points]
+    xs = [float(x) if numeric else _folded(value(x)) for x, _ in points]
     traces = [
         _trace(each.name, xs, spreads, COLOURS[index], joined=numeric)
         for index, each in enumerate(series)
@@ -108,6 +109,7 @@ def _against_factor(
             drawn["xaxis"] |= {"type": "log"}
     else:
         drawn["xaxis"] |= {"type": "category"}
+        drawn["xaxis"]["title"]["standoff"] = 12
     if title == "parameters":
         drawn["yaxis"] |= {"rangemode": "tozero"}
     return Figure(
@@ -117,6 +119,11 @@ def _against_factor(
         spec={"data": traces, "layout": drawn},
         height_px=300,
     )
+
+
+def _folded(text: str) -> str:
+    """A label in lines, or it would leave the figure no room."""
+    return "<br>".join(plain(line) for line in textwrap.wrap(text, _LABEL_WIDTH)) or text
 
 
 def _trace(

@@ -13,13 +13,16 @@ from typing import Any, Final
 import optuna
 import plotly.graph_objects as go
 from optuna import visualization
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 
 from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import SEEDS
 from sweeper.report.drawing import figure_data
-from sweeper.report.wording import metric_title, short_names
+from sweeper.report.wording import metric_title, short_names, value
+from sweeper.store.sampling import decoded
+from sweeper.study.spec import StudySpec
 
 _log = logging.getLogger(__name__)
 
@@ -165,11 +168,21 @@ def readable(data: StudyData) -> optuna.Study:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         copy.set_metric_names([metric_title(each.metric) for each in data.now.spec.objective])
-    copy.add_trials([_readable(trial, titles) for trial in trials if trial.number in counted])
+    spec = data.now.spec
+    copy.add_trials([_readable(trial, titles, spec) for trial in trials if trial.number in counted])
     return copy
 
 
-def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
+def _readable(trial: FrozenTrial, titles: dict[str, str], spec: StudySpec) -> FrozenTrial:
+    def worded(path: str, each: Any) -> Any:
+        found = decoded(spec, {path: each})[path]
+        return value(found) if isinstance(found, list | dict) else each
+
+    def choices(path: str, kept: BaseDistribution) -> BaseDistribution:
+        if not isinstance(kept, CategoricalDistribution):
+            return kept
+        return CategoricalDistribution([worded(path, each) for each in kept.choices])
+
     return FrozenTrial(
         number=trial.number,
         trial_id=trial.number,
@@ -178,9 +191,15 @@ def _readable(trial: FrozenTrial, titles: dict[str, str]) -> FrozenTrial:
         values=trial.values,
         datetime_start=trial.datetime_start,
         datetime_complete=trial.datetime_complete,
-        params={titles[path]: each for path, each in trial.params.items() if path in titles},
+        params={
+            titles[path]: worded(path, each)
+            for path, each in trial.params.items()
+            if path in titles
+        },
         distributions={
-            titles[path]: each for path, each in trial.distributions.items() if path in titles
+            titles[path]: choices(path, each)
+            for path, each in trial.distributions.items()
+            if path in titles
         },
         user_attrs={},
         system_attrs={},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 NOTHING: Final = "–"
@@ -96,13 +96,23 @@ def duration(seconds: float | None) -> str:
 
 
 def value(setting: Any) -> str:
-    """A parameter's value as a study file writes it, numbers with the digits that count."""
+    """A parameter's value in a few words, numbers with the digits that count.
+
+    >>> value([{"name": "crop", "size": 28, "padding": 0}, "flip"])
+    'crop (size 28, padding 0) + flip'
+    """
     if setting is None:
         return NOTHING
     if isinstance(setting, str):
         return setting
     if isinstance(setting, float):
         return f"{setting:.4g}" if setting == 0 or 1e-4 <= abs(setting) < 1e6 else plain(setting)
+    if isinstance(setting, Mapping):
+        name = setting.get("name")
+        rest = ", ".join(f"{key} {value(each)}" for key, each in setting.items() if key != "name")
+        return rest if name is None else f"{name} ({rest})" if rest else str(name)
+    if isinstance(setting, list | tuple):
+        return " + ".join(value(each) for each in setting) or "none"
     return json.dumps(setting, ensure_ascii=False)
 
 

@@ -61,12 +61,15 @@ def test_a_duration_reads_as_people_say_it(seconds: float | None, text: str) -> 
         (0.0, "0"),
         (128, "128"),
         (True, "true"),
-        (["crop", "flip"], '["crop", "flip"]'),
+        ([], "none"),
+        (["crop", "flip"], "crop + flip"),
+        ([{"name": "crop", "size": 28, "padding": 0}, "flip"], "crop (size 28, padding 0) + flip"),
+        ({"name": "plateau"}, "plateau"),
         ("<b>", "<b>"),
         (None, "–"),
     ],
 )
-def test_a_setting_reads_as_in_a_study_file(setting: object, text: str) -> None:
+def test_a_setting_reads_in_a_few_words(setting: object, text: str) -> None:
     assert wording.value(setting) == text
 
 
