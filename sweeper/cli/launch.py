@@ -127,6 +127,7 @@ class _How:
             name=group_name(settings.store_url, spec.name),
             logs=settings.logs(spec.name),
             resources=spec.resources,
+            grace_s=spec.faults.grace_s,
             detached=self.detached,
         )
         opened = open_launcher(self.launcher, group)

@@ -26,13 +26,14 @@ class Group:
     """What one launcher's copies belong to.
 
     ``name`` is unique among all studies of all stores, and made of letters, digits, ``.``, ``_``
-    and ``-``: a cluster finds the copies of an earlier launch by it. ``detached``: they are to
-    outlive this process.
+    and ``-``: a cluster finds the copies of an earlier launch by it. ``grace_s``: a copy that is
+    told to end needs so long. ``detached``: they are to outlive this process.
     """
 
     name: str
     logs: Path
     resources: Resources
+    grace_s: float = 30.0
     detached: bool = False
 
 

@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sweeper.study.cluster import SHELL_LINE, SLURM_FLAG, SLURM_NAME, SLURM_TIME
 from sweeper.study.suggest import did_you_mean
 from sweeper.study.variants import is_open, names_of
 
@@ -19,6 +20,10 @@ _PATTERNS: Final = {
         "a name of at most 100 letters, digits, '.', '_' and '-' that begins with a letter or digit"
     ),
     r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$": "a factory such as package.module:factory",
+    SLURM_NAME: "a name of the cluster's: letters, digits, '.', '_', '-', '@', '+' and ','",
+    SLURM_TIME: "a time such as 4:00:00 or 2-12:00:00",
+    SLURM_FLAG: "an option of sbatch such as --constraint=a100",
+    SHELL_LINE: "a line of shell",
 }
 
 _INSTEAD: Final = {True: ("on", "auto", "both"), False: ("off", "none"), None: ("none", "off")}

@@ -7,6 +7,7 @@ from typing import Final
 
 from sweeper.config.data import Circles, DataConfig, ImageFolder
 from sweeper.space import Range, Values, circle, grid_size
+from sweeper.study.cluster import LEAD_S, lead_s
 from sweeper.study.draft import Draft
 from sweeper.study.folder import folder_mistake
 from sweeper.study.messages import Finding, Path
@@ -32,6 +33,7 @@ def rule_mistakes(draft: Draft) -> Iterator[Finding]:
     yield from _several_objectives(draft)
     yield from _pruner_mistakes(draft)
     yield from _fault_mistakes(draft)
+    yield from _slurm_mistakes(draft)
     yield from _data_mistakes(draft)
     yield from _reference_mistakes(draft)
 
@@ -169,6 +171,20 @@ def _fault_mistakes(draft: Draft) -> Iterator[Finding]:
             path=("faults", "lost_after_s" if written else "heartbeat_s"),
             message=f"lost_after_s must be at least {BEATS_BEFORE_LOST} heartbeats, {least} s, but "
             f"is {faults.lost_after_s} s; raise it, or lower heartbeat_s={faults.heartbeat_s}",
+        )
+
+
+def _slurm_mistakes(draft: Draft) -> Iterator[Finding]:
+    if not draft.sound("resources", "slurm") or not draft.sound("faults", "grace_s"):
+        return
+    limit_s, grace_s = draft.spec.resources.slurm.limit_s, draft.spec.faults.grace_s
+    least_s = 2 * lead_s(grace_s)
+    if limit_s is not None and limit_s < least_s:
+        yield Finding(
+            path=("resources", "slurm", "time"),
+            message=f"must be at least {least_s} s, twice what a worker is given to leave before "
+            f"the limit (faults.grace_s {grace_s:g} and {LEAD_S} s), but is {limit_s} s; a job "
+            "would be queued again before it has done anything",
         )
 
 

@@ -16,6 +16,7 @@ from sweeper.config import DataConfig, ModelConfig, OptimizerConfig, Section, Tr
 from sweeper.config import TrialConfig as TrialConfig
 from sweeper.measurement import OBJECTIVE_METRICS
 from sweeper.space import Parameter, Values
+from sweeper.study.cluster import Slurm
 
 SECTIONS = ("data", "model", "optimizer", "train")
 """The sections that make up a trial; the first word of every parameter's path."""
@@ -252,12 +253,14 @@ class Resources(Section):
     ``priority``: workers that serve all studies of a store take the highest first, and among equals
     the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker
     trains at once: one, whichever is written, until trials can be fused into a batch.
+    ``slurm`` is what a SLURM cluster is asked for.
     """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     priority: int = Field(default=0, ge=-1000, le=1000)
     gpus_per_worker: float = Field(default=1, ge=0)
     cohort: Literal["auto", 1] = "auto"
+    slurm: Slurm = Slurm()
 
 
 class Faults(Section):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launchers.slurm_cluster import GPUS, SHARDS, SlurmCluster, cluster
 
 from sweeper.launchers import Group, Launcher, LauncherName, LocalLauncher, local, open_launcher
+from sweeper.launchers.slurm import SlurmLauncher
 from sweeper.study.spec import Resources
 
 
@@ -78,7 +80,38 @@ def ray_place(
         launcher.stop(now=True)
 
 
-PLACES: tuple[LauncherName, ...] = ("local", "ray")
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A SLURM cluster of two nodes with two GPUs each that only SLURM believes in."""
+    with cluster() as started:
+        yield started
+
+
+@pytest.fixture
+def slurm_place(
+    slurm_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    """One node of the cluster, without the jobs that the test left in it."""
+    for name, value in slurm_cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    opened: list[Launcher] = []
+    resources = {"slurm": {"shards_per_gpu": SHARDS // GPUS, "flags": ["--nodelist=n1"]}}
+
+    def open_(name: str) -> Launcher:
+        of = Group(
+            name=f"{tmp_path.name}-{name}",
+            logs=tmp_path / "logs",
+            resources=Resources.model_validate(resources),
+        )
+        opened.append(SlurmLauncher(of, look_s=0.2))
+        return opened[-1]
+
+    yield Place(open=open_, restarts=True)
+    for launcher in opened:
+        launcher.stop(now=True)
+
+
+PLACES: tuple[LauncherName, ...] = ("local", "ray", "slurm")
 
 
 @pytest.fixture(params=PLACES)

@@ -52,6 +52,7 @@ def test_a_default_written_out_and_another_order_are_no_changes() -> None:
     [
         ("description=new", "description", 'description: "" → "new"'),
         ("resources.workers=3", "resources.workers", 'resources.workers: "auto" → 3'),
+        ("resources.slurm.partition=long", "resources.slurm.partition", 'nothing → "long"'),
         ("faults.retries=0", "faults.retries", "faults.retries: 3 → 0"),
         ("train.graph=off", "train.graph", 'train.graph: "auto" → "off"'),
         ("reference.source=other", "reference.source", 'reference.source: "r" → "other"'),
