@@ -45,6 +45,21 @@ if TYPE_CHECKING:  # grpc is an extra
     from sweeper.store.remote import RemoteStorage
 
 _BUSY_TIMEOUT_S: Final = 60
+_CLIENT_PATIENCE: Final = {
+    "connect_timeout": "20",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+_SERVER_PATIENCE: Final = {
+    "tcp_keepalives_idle": 15,
+    "tcp_keepalives_interval": 5,
+    "tcp_keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "idle_in_transaction_session_timeout": 120_000,
+}
+"""PostgreSQL's own names; what is given with the store's URL comes after them and wins."""
 _POSTGRES_LOCK_KEY: Final = 0x73776565  # "swee": the advisory lock that controllers share
 _IDLE_S: Final = 5.0
 """A connection that nobody used for so long goes back to the PostgreSQL server."""
@@ -190,6 +205,23 @@ def _address(url: str) -> URL:
     return address
 
 
+def _watchful(address: URL) -> URL:
+    """Let both ends notice within half a minute that the other has been cut off.
+
+    Otherwise a worker would wait for hours for an answer that never comes, and the server would
+    keep the locks of a transaction, or the store's own, that such a worker held.
+    """
+    if address.get_driver_name() not in {"psycopg", "psycopg2"}:
+        return address  # its driver takes other words
+    asked = dict(address.query)
+    given = asked.get("options") or ""
+    given = given if isinstance(given, str) else " ".join(given)
+    settings = (f"-c {name}={value}" for name, value in _SERVER_PATIENCE.items())
+    return address.set(
+        query={**_CLIENT_PATIENCE, **asked, "options": " ".join([*settings, given]).strip()}
+    )
+
+
 def _open_sqlite(address: URL) -> RDBStorage:
     """Under the lock. SQLite tells in no time that its tables are there."""
     file = Path(str(address.database))
@@ -206,7 +238,7 @@ def _open_sqlite(address: URL) -> RDBStorage:
 
 def _open_postgres(address: URL, pool: int) -> RDBStorage:
     """Hundreds of workers may start at once: only those that find no schema wait for each other."""
-    url = address.render_as_string(hide_password=False)
+    url = _watchful(address).render_as_string(hide_password=False)
     options = {
         "pool_pre_ping": True,
         "pool_size": pool,
@@ -229,7 +261,7 @@ def _open_postgres(address: URL, pool: int) -> RDBStorage:
 
 
 def _schema_is_there(address: URL) -> bool:
-    engine = sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+    engine = sqlalchemy.create_engine(_watchful(address), poolclass=sqlalchemy.NullPool)
     with engine.connect() as connection:
         return is_complete(connection)
 
@@ -276,7 +308,7 @@ def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[Non
             yield
         return
     own = engine is None
-    engine = engine or sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool)
+    engine = engine or sqlalchemy.create_engine(_watchful(address), poolclass=sqlalchemy.NullPool)
     try:
         with engine.connect() as connection:
             lock = {"key": _POSTGRES_LOCK_KEY}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
 from sweeper.errors import StoreUnreachableError, StudyNotFoundError, UsageError
 from sweeper.store import Control, Store, StoredStudy, open_store, studies
@@ -97,3 +99,22 @@ def test_a_half_created_study_is_completed(store: Store, spec: Callable[..., Stu
     half.set_user_attr(attr.CREATED, 0.0)
     assert studies.create(store, spec()) is not None
     assert studies.create(store, spec()) is None
+
+
+@pytest.mark.postgres
+def test_a_server_drops_who_was_cut_off_unless_the_url_says_otherwise(
+    postgres_database: Callable[[], str],
+) -> None:
+    """A worker whose machine lost its network must not keep locks for hours."""
+    url = make_url(postgres_database())
+    for given, expected in ((), "2min"), (("-c idle_in_transaction_session_timeout=7s",), "7s"):
+        opened = open_store(
+            url.update_query_pairs([("options", word) for word in given]).render_as_string(
+                hide_password=False
+            )
+        )
+        with opened.backend.engine.connect() as connection:
+            found = connection.execute(text("SHOW idle_in_transaction_session_timeout"))
+            assert found.scalar_one() == expected
+        opened.close()
+        assert "keepalives" not in str(opened.url), "messages show what a person wrote"
