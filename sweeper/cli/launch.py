@@ -14,23 +14,21 @@ import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
 from sweeper.cli.plain import plain
-from sweeper.errors import StoreUnreachableError, TrackerUnreachableError, UsageError
+from sweeper.errors import StoreUnreachableError, UsageError
 from sweeper.settings import Settings, group_name, masked
 
 if TYPE_CHECKING:
     from sweeper.cli.view import View
     from sweeper.controller import Prepared, Sweep
     from sweeper.launchers import Launcher, LauncherName
-    from sweeper.report.collect import StudyData
-    from sweeper.report.write import Report
     from sweeper.store import Standing, Store, StoredStudy
     from sweeper.study.spec import StudySpec
     from sweeper.tracking import TrackingService
 
 _POLL_S: Final = 0.5
 _LEAVE_S: Final = 60.0
-_TEST_S: Final = 10.0
-"""For what the best model gets wrong; `sweeper report` takes the time it needs."""
+_OTHERS_S: Final = 600.0
+"""A controller that is just finishing the same study is waited for."""
 
 
 def launch(
@@ -224,48 +222,24 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
 def _publish(
     opened: Store, study: StoredStudy, settings: Settings, service: TrackingService
 ) -> Path | None:
-    """Send what is left to MLflow, write the report, and hang it on the study's own run.
-
-    Where the page is, or None where there is none. A tracker that is out of reach costs neither
-    the trials, nor the report, nor what is in the spool.
-    """
-    from sweeper.cli.agreement import settle
-    from sweeper.report.publish import publish
-    from sweeper.store import standing
-
-    written = None
-    try:
-        try:
-            service.replay()
-            settle(standing(opened, study), settings)
-        finally:
-            written = _report(opened, study, settings)
-        if written is not None:
-            publish(*written, settings, service.wait())
-    except TrackerUnreachableError as error:
-        sys.stderr.write(
-            f"sweeper: {plain(str(error))}\nWhat MLflow lacks is kept; send it: sweeper sync\n"
-        )
-    return written[1].page if written else None
-
-
-def _report(
-    opened: Store, study: StoredStudy, settings: Settings
-) -> tuple[StudyData, Report] | None:
-    """Write the report; None where that went wrong, which stderr then tells."""
+    """Finish the study, and say what of it went wrong; where the page is, or None."""
     from sweeper.cli.reporting import saying
-    from sweeper.provenance import command
-    from sweeper.report.collect import collect
-    from sweeper.report.write import write_report
+    from sweeper.service.finish import Finishing
+    from sweeper.store import standing, studies
 
-    try:
-        with saying() as say:
-            data = collect(opened, study, settings, command=command(), allow_imports=True, say=say)
-            return data, write_report(data, settings, limit_s=_TEST_S, say=say)
-    except Exception as error:  # noqa: BLE001 - the trials are done: no report may undo that
-        said = f"{type(error).__name__}: {error}"
-        sys.stderr.write(plain(f"sweeper: the report could not be written: {said}\n"))
-        return None
+    with saying() as say, opened.alone(study.id, timeout_s=_OTHERS_S):
+        finishing = Finishing(
+            store=opened,
+            settings=settings,
+            service=service,
+            say=say,
+            warn=lambda text: sys.stderr.write(plain(f"sweeper: {text}\n")),
+            allow_imports=True,  # its spec came from a file of the person who typed this
+        )
+        finished = finishing.finish(study)
+        if not finished.problem:
+            studies.remember_finished(opened, study.id, standing(opened, study).counts)
+    return finished.page
 
 
 def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:

@@ -174,8 +174,8 @@ def doctor(
 
 def _compare(study: str, settings: Settings, *, json_: bool) -> None:
     """Print on what the store and MLflow differ; exit code 1 where they do."""
-    from sweeper.cli.agreement import differences
     from sweeper.cli.printing import print_json
+    from sweeper.service.agreement import differences
     from sweeper.store import open_store, standing, studies
 
     opened = open_store(settings.store_url)

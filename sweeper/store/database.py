@@ -148,7 +148,9 @@ class Store:
 
         Waits ``timeout_s`` for it. It is given back as the context ends, or the process.
         """
-        with reaching(self.url), _study_lock(self, study_id, timeout_s) as held:
+        with contextlib.ExitStack() as stack:
+            with reaching(self.url):
+                held = stack.enter_context(_study_lock(self, study_id, timeout_s))
             yield held
 
 
@@ -341,7 +343,8 @@ def _study_lock(store: Store, study_id: int, timeout_s: float) -> Iterator[bool]
             lock.release()
         return
     engine = sqlalchemy.create_engine(store.backend.engine.url, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
+    connection = engine.connect()
+    try:
         key = {"key": _POSTGRES_LOCK_KEY, "study": study_id}
         attempt = sqlalchemy.text("SELECT pg_try_advisory_lock(:key, :study)")
         until = time.monotonic() + timeout_s
@@ -351,7 +354,10 @@ def _study_lock(store: Store, study_id: int, timeout_s: float) -> Iterator[bool]
                 break
             time.sleep(1.0)
         connection.commit()
-        yield held  # closing the connection gives the lock back
+        yield held
+    finally:  # the end of the connection gives the lock back
+        with contextlib.suppress(exc.SQLAlchemyError):
+            connection.close()
 
 
 @contextlib.contextmanager

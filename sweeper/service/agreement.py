@@ -54,6 +54,16 @@ def differences(now: Standing, settings: Settings) -> list[str]:
     return found
 
 
+def lagging(now: Standing, settings: Settings) -> int:
+    """How many trials have ended while their runs do not say so yet, or are not even there."""
+    statuses = {run.key: run.status for run in audited(settings, now.spec.name)}
+    return sum(
+        statuses.get(run_key(now.spec.name, row.origin)) != _STATUS[row.state]
+        for row in now.rows
+        if row.state in {"complete", "pruned", "failed"}
+    )
+
+
 def settle(now: Standing, settings: Settings) -> int:
     """End the runs of trials whose workers cannot say any more how they ended; how many."""
     rows = {run_key(now.spec.name, row.origin): row for row in now.rows if row.state != "retried"}
