@@ -231,7 +231,7 @@ class Sweep:
             with self.store.exclusively():
                 recovery.reconcile(self.store, self.study.id, self.study.spec)
             now = standing(self.store, self.study)
-        _stop_if_all_alike(now)
+        stop_if_all_alike(now)
         if not self.stopping and not now.over:
             work = now.budget - now.ended
             missing = min(self.workers, work) - len(self.alive)
@@ -316,8 +316,11 @@ def _is_this_machine(host: str | None) -> bool:
         return False
 
 
-def _stop_if_all_alike(now: Standing) -> None:
-    """Where the first trials all fail with one message, the rest would too."""
+def stop_if_all_alike(now: Standing) -> None:
+    """Raise WorkersFailedError where the first trials all failed with one message.
+
+    The rest would fail as well.
+    """
     ended = [row for row in now.rows if row.state in {"complete", "pruned", "failed"}]
     if len(ended) < _ALIKE:
         return

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from sweeper.cli import files, launch, reporting, servers, show
+from sweeper.cli import files, launch, reporting, servers, serving, show
 from sweeper.cli.plain import plain
 from sweeper.errors import SweeperError
 
@@ -42,6 +42,8 @@ app.command("ui")(servers.ui)
 app.command("sync")(servers.sync)
 app.command("doctor")(servers.doctor)
 app.command("worker")(servers.worker)
+app.command("workers")(serving.workers)
+app.command("controller")(serving.controller)
 
 
 def main() -> None:

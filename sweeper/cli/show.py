@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption, StudyArgument
+from sweeper.cli.plain import plain
 from sweeper.errors import UsageError
 from sweeper.settings import Settings, run_key
 
@@ -24,13 +25,12 @@ def status(
 ) -> None:
     """Show how studies stand: trials by state, the best so far."""
     from sweeper.cli.printing import number, out, print_json
-    from sweeper.store import open_store, standing, studies
+    from sweeper.store import Control, open_store, standing, studies
 
     opened = open_store(_settings(store, home).store_url)
-    found = [
-        standing(opened, studies.load(opened, name))
-        for name in ([study] if study else studies.names(opened))
-    ]
+    loaded = [studies.load(opened, name) for name in ([study] if study else studies.names(opened))]
+    found = [standing(opened, each) for each in loaded]
+    asked = [studies.asked(opened, each.id) for each in loaded]
     if json_:
         print_json(
             [
@@ -39,11 +39,13 @@ def status(
                     "trials": now.counts,
                     "outcomes": now.outcomes,
                     "budget": now.budget,
+                    "control": str(control),
+                    "stopped": reason or None,
                     "best": None
                     if now.best is None
                     else {"number": now.best.number, "values": now.best.values},
                 }
-                for now in found
+                for now, (control, reason) in zip(found, asked, strict=True)
             ]
         )
         return
@@ -66,6 +68,10 @@ def status(
             ", ".join(f"{count} {outcome}" for outcome, count in now.outcomes.items()),
         )
     out().print(table if found else "no study in this store yet")
+    for now, (control, reason) in zip(found, asked, strict=True):
+        if control is not Control.RUN:
+            why = f": {plain(reason)}" if reason else ""
+            out().print(f"{now.spec.name} is asked to {control}{why}", markup=False)
 
 
 def trials(
@@ -156,12 +162,14 @@ def cancel(study: StudyArgument, store: StoreOption = None, home: HomeOption = N
 
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
     """Put every failed trial back into the queue."""
-    from sweeper.store import open_store, recovery, studies
+    from sweeper.store import Control, open_store, recovery, studies
 
     opened = open_store(_settings(store, home).store_url)
     stored = studies.load(opened, study)
     with opened.exclusively():
         numbers = recovery.retry(opened, stored.id)
+    if numbers and studies.asked(opened, stored.id)[1]:  # a controller had stopped it
+        studies.ask(opened, stored.id, Control.RUN)
     if not numbers:
         raise UsageError(f"{study!r} has no failed trial to retry")
     sys.stdout.write(f"{study}: {len(numbers)} trials are waiting again\n")

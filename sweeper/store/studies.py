@@ -148,10 +148,11 @@ def control(store: Store, study_id: int) -> Control:
     return Control(asked)
 
 
-def stopped_because(store: Store, study_id: int) -> str:
-    """Why a controller stopped the study; empty where none did."""
+def asked(store: Store, study_id: int) -> tuple[Control, str]:
+    """As :func:`control`, and why; empty where a person asked for it."""
     with reaching(store.url):
-        return str(store.storage.get_study_user_attrs(study_id).get(attr.STOPPED, ""))
+        known = store.storage.get_study_user_attrs(study_id)
+    return Control(known.get(attr.CONTROL, Control.RUN)), str(known.get(attr.STOPPED, ""))
 
 
 def finished(store: Store, study_id: int, counts: Mapping[str, int]) -> bool:

@@ -192,6 +192,16 @@ def left_behind(folder: Path) -> list[Path]:
     return paths
 
 
+def pending(folder: Path) -> tuple[int, int]:
+    """How many journals of the spool folder hold something unsent, and how many bytes in all."""
+    sizes = []
+    for path in left_behind(folder):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size - JournalFiles(path).offset())
+    unsent = [size for size in sizes if size > 0]
+    return len(unsent), sum(unsent)
+
+
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[JournalFiles | None]:
     """The journal of a process that is gone, locked; None while somebody else has it."""

@@ -7,6 +7,6 @@ the store of its epochs, ``signals`` and ``patience`` are about ending early and
 from sweeper.worker.attempt import flattened
 from sweeper.worker.loop import Worker, run_ids_into
 from sweeper.worker.patience import patiently
-from sweeper.worker.signals import Signals
+from sweeper.worker.signals import Signals, StopNowError
 
-__all__ = ["Signals", "Worker", "flattened", "patiently", "run_ids_into"]
+__all__ = ["Signals", "StopNowError", "Worker", "flattened", "patiently", "run_ids_into"]

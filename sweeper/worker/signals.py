@@ -13,9 +13,10 @@ class StopNowError(BaseException):
 
 @dataclass(kw_only=True)
 class Signals:
-    """TERM and INT, counted. ``install`` has to be called from the main thread."""
+    """TERM and INT, counted; ``number`` is the last. ``install`` is for the main thread only."""
 
     count: int = 0
+    number: int | None = field(default=None, init=False)
     _first: float | None = field(default=None, init=False)
 
     @property
@@ -37,6 +38,7 @@ class Signals:
 
     def _received(self, number: int, _frame: object) -> None:
         self._first = self._first or time.monotonic()
+        self.number = number
         self.count += 1
         if self.count > 1:
             raise StopNowError
