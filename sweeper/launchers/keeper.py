@@ -104,56 +104,46 @@ class Keeper:
     def run(self) -> None:
         """Return when there is nothing left to keep. The child is tied to the calling thread."""
         quick_deaths = 0
-        self._expect()
-        while not self._stopped.is_set():
-            code, lived_s = self._run_once()
-            quick_deaths = quick_deaths + 1 if lived_s < _QUICK_DEATH_S else 0
-            if code in _FINAL_CODES or self._stopped.is_set() or quick_deaths >= _QUICK_DEATHS:
+        self._set_runs((*self._record.runs, self._next()))
+        while True:
+            ended = self._run_once(self._record.runs[-1])
+            quick_deaths = quick_deaths + 1 if (ended.lived_s or 0.0) < _QUICK_DEATH_S else 0
+            before = (*self._record.runs[-_REMEMBERED:-1], ended)
+            over = ended.exit_code in _FINAL_CODES or quick_deaths >= _QUICK_DEATHS
+            if over or self._stopped.is_set():
+                self._set_runs(before)
                 return
-            self._expect()
+            # At once with its successor's name: nobody is to think that there is one too few.
+            self._set_runs((*before, self._next()))
             if quick_deaths:
                 self._stopped.wait(_FIRST_PAUSE_S * 2 ** (quick_deaths - 1))
-        self._end_run(GONE, 0.0, "")
 
-    def _expect(self) -> None:
-        """Name the next run before it starts, so that one is alive at every moment."""
-        run = Run(name=cluster_worker_name(self._name))
-        self._set_runs((*self._record.runs[-_REMEMBERED:], run))
+    def _next(self) -> Run:
+        return Run(name=cluster_worker_name(self._name))
 
-    def _run_once(self) -> tuple[int, float]:
-        """Start the command and wait for its end: the exit code and how long it lived."""
-        run = self._record.runs[-1]
+    def _run_once(self, run: Run) -> Run:
+        """Start the command, wait for its end, and say how it ended."""
         file = self._logs / f"{run.name}.log"
-        began = time.monotonic()
         try:
             self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
             with file.open("ab") as stream, self._lock:
                 if self._stopped.is_set():
-                    code = GONE
-                else:
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-IS", tied.__file__, str(os.getpid()), *self._argv],
-                        stdin=subprocess.DEVNULL,
-                        stdout=stream,
-                        stderr=stream,
-                        env={**self._environment, WORKER_VARIABLE: run.name},
-                        start_new_session=True,
-                    )
-                    code = None
+                    return run.ended(GONE, lived_s=0.0)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-IS", tied.__file__, str(os.getpid()), *self._argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    env={**self._environment, WORKER_VARIABLE: run.name},
+                    start_new_session=True,
+                )
         except OSError as error:
-            self._end_run(1, 0.0, f"the worker could not be started: {error}")
-            return 1, 0.0
-        if code is None and self._process is not None:
-            now = replace(run, pid=self._process.pid, began=time.time())
-            self._set_runs((*self._record.runs[:-1], now))
-            code = self._process.wait()
-        lived_s = time.monotonic() - began
-        self._end_run(code or 0, lived_s, tail(file, _LAST_WORDS))
-        return code or 0, lived_s
-
-    def _end_run(self, code: int, lived_s: float, said: str) -> None:
-        *before, run = self._record.runs
-        self._set_runs((*before, run.ended(code, lived_s=lived_s, said=said)))
+            return run.ended(1, lived_s=0.0, said=f"the worker could not be started: {error}")
+        began = time.monotonic()
+        run = replace(run, pid=self._process.pid, began=time.time())
+        self._set_runs((*self._record.runs[:-1], run))
+        code = self._process.wait()
+        return run.ended(code, lived_s=time.monotonic() - began, said=tail(file, _LAST_WORDS))
 
     def _set_runs(self, runs: tuple[Run, ...]) -> None:
         self._record = replace(self._record, runs=runs)
