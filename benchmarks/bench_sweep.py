@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import optuna
+from mlflow import MlflowClient
 
 from sweeper.launchers import automatic_workers
 from sweeper.provenance import cpu_name, versions
@@ -57,6 +58,7 @@ def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tup
     storage = f"sqlite:///{home}/plain.db"
     with LocalServer(Settings.resolve(home=home)) as server:
         tracker = server.ensure()
+        MlflowClient(tracker).create_experiment(spec.name)  # two processes would both try
         began = time.perf_counter()
         study = optuna.create_study(study_name=spec.name, storage=storage, direction="maximize")
         for index in range(count):
@@ -68,16 +70,19 @@ def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tup
         shares = [
             count // options.jobs + (job < count % options.jobs) for job in range(options.jobs)
         ]
-        log = (home / "plain.log").open("w")
+        logs = [home / f"plain-{job}.log" for job in range(options.jobs)]
         started = [
-            subprocess.Popen([*argv, "--trials", str(share)], stdout=log, stderr=log)
-            for share in shares
+            subprocess.Popen(
+                [*argv, "--trials", str(share)], stdout=log.open("w"), stderr=subprocess.STDOUT
+            )
+            for share, log in zip(shares, logs, strict=True)
             if share
         ]
         codes = [process.wait() for process in started]
         seconds = time.perf_counter() - began
-    if any(codes):
-        raise SystemExit(f"the plain way ended with {codes}:\n{Path(log.name).read_text()[-2000:]}")
+    for code, log in zip(codes, logs, strict=False):
+        if code:
+            raise SystemExit(f"the plain way ended with {code}:\n{log.read_text()[-2000:]}")
     return seconds, study.best_value
 
 
