@@ -44,6 +44,7 @@ TRIAL_TAG: Final = "sweeper.trial"
 STATE_TAG: Final = "sweeper.state"
 ATTEMPT_TAG: Final = "sweeper.attempt"
 WORKER_TAG: Final = "sweeper.worker"
+COHORT_TAG: Final = "sweeper.cohort"
 OUTCOME_TAG: Final = "sweeper.outcome"
 RESUMED_TAG: Final = "sweeper.resumed"
 STARTED_TAG: Final = "sweeper.started"
@@ -128,6 +129,11 @@ class Settings:
     @property
     def reports(self) -> Path:
         return self.home / "reports"
+
+    @property
+    def cohort_sizes(self) -> Path:
+        """How many trials at once were measured to be the fastest, by structure and device."""
+        return self.home / "cohorts.json"
 
     def logs(self, study: str) -> Path:
         """The folder of the worker logs of a study."""
@@ -233,6 +239,11 @@ def launcher_name() -> str:
 def run_name(trial_number: int) -> str:
     """The MLflow run name of a trial, which sorts by number."""
     return f"{trial_number:04d}"
+
+
+def cohort_name(worker: str, leader: int) -> str:
+    """The name of the cohort that the trial numbered ``leader`` began in a worker."""
+    return f"{worker}/{run_name(leader)}"
 
 
 def run_key(study: str, trial_number: int) -> str:

@@ -31,6 +31,7 @@ FAILURES: Final = "sweeper.failures"
 WORKER: Final = "sweeper.worker"
 DRAWN: Final = "sweeper.drawn"
 RUN_ID: Final = "sweeper.run_id"
+ALONE: Final = "sweeper.alone"
 PARAMETERS: Final = "sweeper.model_parameters"
 
 # of a trial, written as it ends

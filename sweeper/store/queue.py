@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -41,6 +42,8 @@ from sweeper.store.database import Store, reaching
 from sweeper.study.spec import StudySpec
 
 _AHEAD: Final = 16
+_KNOWN_AHEAD: Final = 512
+"""So many waiting trials are looked through for one that fits into a cohort."""
 _PRUNER_SLACK_S: Final = 1.0
 _KEEP_RUNGS: Final = (optuna.pruners.SuccessiveHalvingPruner, optuna.pruners.HyperbandPruner)
 """Pruners that write what they decided into the trial and must read it back fresh."""
@@ -57,6 +60,8 @@ class Claim:
     attempt: int
     worker: str
     failed: Mapping[str, int] = field(default_factory=dict)
+    alone: bool = False
+    """It is to train by itself: it was in a cohort that crashed."""
 
     def failures(self, outcome: Outcome) -> int:
         """How often the attempts before this one ended so."""
@@ -76,33 +81,96 @@ def claim(store: Store, study_id: int, worker: str) -> Claim | None:
         while waiting := _waiting_ids(store, study_id):
             # the first few in an order of one's own: many workers need not race for the same one
             for trial_id in waiting[:1] + random.sample(waiting[1:], len(waiting) - 1):
-                store.backend.record_heartbeat(trial_id)
-                try:
-                    taken = store.storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-                except UpdateFinishedTrialError:
-                    continue
-                if taken:
-                    store.storage.set_trial_user_attr(trial_id, attr.WORKER, worker)
-                    trial = store.storage.get_trial(trial_id)
-                    known = trial.user_attrs
-                    return Claim(
-                        trial_id=trial_id,
-                        number=trial.number,
-                        origin=known.get(attr.ORIGIN, trial.number),
-                        attempt=known.get(attr.ATTEMPT, 1),
-                        worker=worker,
-                        failed=known.get(attr.FAILURES, {}),
-                    )
+                if (taken := _taken(store, trial_id, worker)) is not None:
+                    return taken
     return None
 
 
-def _waiting_ids(store: Store, study_id: int) -> list[int]:
+def claim_where(
+    store: Store,
+    study_id: int,
+    worker: str,
+    *,
+    spec: StudySpec,
+    fits: Callable[[Mapping[str, Any]], bool],
+) -> Claim | None:
+    """Take the oldest waiting trial whose values are known before it runs and fit, or None.
+
+    Such are grid points, published configurations and trials that were begun before. No sampler is
+    asked: what it is to decide is :func:`claim`'s. Behind a proxy nothing is found.
+    """
+    if store.remote:
+        return None
+    with reaching(store.url):
+        for trial_id, known in _known_waiting(store, study_id, spec).items():
+            if fits(known) and (taken := _taken(store, trial_id, worker)) is not None:
+                return taken
+    return None
+
+
+def _taken(store: Store, trial_id: int, worker: str) -> Claim | None:
+    """The trial, now this worker's, or None where another one was faster."""
+    store.backend.record_heartbeat(trial_id)
+    try:
+        if not store.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+            return None
+    except UpdateFinishedTrialError:
+        return None
+    store.storage.set_trial_user_attr(trial_id, attr.WORKER, worker)
+    trial = store.storage.get_trial(trial_id)
+    known = trial.user_attrs
+    return Claim(
+        trial_id=trial_id,
+        number=trial.number,
+        origin=known.get(attr.ORIGIN, trial.number),
+        attempt=known.get(attr.ATTEMPT, 1),
+        worker=worker,
+        failed=known.get(attr.FAILURES, {}),
+        alone=bool(known.get(attr.ALONE)),
+    )
+
+
+def _known_waiting(store: Store, study_id: int, spec: StudySpec) -> dict[int, dict[str, Any]]:
+    """The values of the oldest waiting trials whose values are known, by trial id.
+
+    Read in three queries, whatever their number; those that are to train alone are left out.
+    """
+    ids = _waiting_ids(store, study_id, limit=_KNOWN_AHEAD)
+    said, given = models.TrialUserAttributeModel, models.TrialParamModel
+    about: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in ids}
+    params: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in ids}
+    with store.backend.engine.connect() as connection:
+        for trial_id, key, text in connection.execute(
+            sqlalchemy.select(said.trial_id, said.key, said.value_json).where(
+                said.trial_id.in_(ids),
+                said.key.in_((attr.FIXED, attr.DRAWN, attr.SET, attr.ALONE)),
+            )
+        ):
+            about[trial_id][key] = json.loads(text)
+        for trial_id, path, value, text in connection.execute(
+            sqlalchemy.select(
+                given.trial_id, given.param_name, given.param_value, given.distribution_json
+            ).where(given.trial_id.in_(ids))
+        ):
+            distribution = optuna.distributions.json_to_distribution(text)
+            params[trial_id][path] = distribution.to_external_repr(value)
+    return {
+        trial_id: {
+            **sampling.decoded(spec, params[trial_id]),
+            **about[trial_id].get(attr.SET, {}),
+        }
+        for trial_id in ids
+        if about[trial_id].keys() & {attr.FIXED, attr.DRAWN} and attr.ALONE not in about[trial_id]
+    }
+
+
+def _waiting_ids(store: Store, study_id: int, limit: int = _AHEAD) -> list[int]:
     trial = models.TrialModel
     query = (
         sqlalchemy.select(trial.trial_id)
         .where(trial.study_id == study_id, trial.state == TrialState.WAITING)
         .order_by(trial.trial_id)
-        .limit(_AHEAD)
+        .limit(limit)
     )
     with store.backend.engine.connect() as connection:
         return list(connection.execute(query).scalars())

@@ -173,7 +173,7 @@ def _failures(trial: FrozenTrial) -> int:
 
 
 def _successor(trial: FrozenTrial) -> FrozenTrial:
-    kept = (attr.TICKET, attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID)
+    kept = (attr.TICKET, attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID, attr.ALONE)
     known = trial.user_attrs
     failed = {**known.get(attr.FAILURES, {}), known.get(attr.OUTCOME): _failures(trial) + 1}
     return create_trial(

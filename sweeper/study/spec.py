@@ -251,15 +251,16 @@ class Resources(Section):
     """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU.
 
     ``priority``: workers that serve all studies of a store take the highest first, and among equals
-    the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker
-    trains at once: one, whichever is written, until trials can be fused into a batch.
+    the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials of equal
+    structure a worker trains as one batch: ``auto`` is 1 on a CPU, and on a GPU what is measured to
+    be the fastest there.
     ``slurm`` is what a SLURM cluster is asked for.
     """
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     priority: int = Field(default=0, ge=-1000, le=1000)
     gpus_per_worker: float = Field(default=1, ge=0)
-    cohort: Literal["auto", 1] = "auto"
+    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
     slurm: Slurm = Slurm()
 
 

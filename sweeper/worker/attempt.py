@@ -27,12 +27,10 @@ from sweeper.worker.patience import GIVE_UP_S, patiently
 from sweeper.worker.reports import Reports
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
-    from sweeper.training import Training
+    from sweeper.training import Training, Trial
     from sweeper.worker.loop import Worker
 
 _log = logging.getLogger(__name__)
-_RESERVE_S: Final = 5.0
-"""So much of the grace after a signal is kept for the checkpoint and for giving the trial back."""
 _STATE_TAGS: Final = {
     Outcome.COMPLETED: "complete",
     Outcome.PRUNED: "pruned",
@@ -45,11 +43,19 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One claimed trial on its way through training, store and tracker."""
+    """One claimed trial on its way through training, store and tracker.
+
+    Alone it is :meth:`run`. In a cohort, which trains many at once, whoever steps the cohort calls
+    :meth:`announce`, :meth:`begin`, :meth:`measured` after every epoch, and :meth:`end`.
+    """
 
     worker: Worker
     study: StoredStudy
     claimed: queue.Claim
+    cohort: str | None = None
+    alone_because: str | None = None
+    config: TrialConfig | None = None
+    background: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     epochs: list[Epoch] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     spent_s: float = 0.0
@@ -62,54 +68,82 @@ class Attempt:
         """A retried trial goes on in the run of the trial it replaces."""
         return names.run_key(self.study.name, self.claimed.origin)
 
+    @property
+    def by(self) -> tuple[str, bool]:
+        """The metric that decides which epoch is the best, and whether more of it is better."""
+        first = self.study.spec.objective[0]
+        if first.metric.startswith("val_"):
+            return first.metric, first.maximize
+        return "val_accuracy", True
+
+    def configured(self) -> TrialConfig:
+        """The trial's configuration; the sampler draws what it is to decide, once.
+
+        Raises pydantic's ValidationError where the values do not fit together, and UsageError where
+        they name a model that must not be imported.
+        """
+        if self.config is None:
+            spec = self.study.spec
+            values = self._patiently(
+                lambda: queue.values_of(spec, self.study.study, self.claimed), "read the trial"
+            )
+            self.config = spec.trial_config(values)
+        model = self.config.model
+        if isinstance(model, Custom) and not self.worker.allow_imports:
+            raise UsageError(f"{model.name} must not be imported: no --allow-imports")
+        return self.config
+
     def run(self) -> None:
+        """Train the trial by itself, to whatever end it finds."""
         from sweeper.training import Interrupted, prepare
 
-        spec, worker = self.study.spec, self.worker
-        values = self._patiently(
-            lambda: queue.values_of(spec, self.study.study, self.claimed), "read the trial"
-        )
-        config = spec.trial_config(values)
-        if isinstance(config.model, Custom) and not worker.allow_imports:
-            raise UsageError(f"{config.model.name} must not be imported: no --allow-imports")
-        self._start_run(config)
-        first = spec.objective[0]
-        by = (
-            (first.metric, first.maximize)
-            if first.metric.startswith("val_")
-            else ("val_accuracy", True)
-        )
+        config, worker = self.configured(), self.worker
+        self.announce()
         training = prepare(
             config,
             folder=worker.settings.data,
             dataset=worker.dataset_for(config),
-            objective=by,
+            objective=self.by,
         )
         worker.keep(config, training.dataset)
+        self.begin(training)
+        try:
+            outcome = self._epochs(training)
+        except Interrupted:
+            if self.reports is not None and self.reports.lost:
+                raise TrialLostError from None
+            outcome = None
+        if outcome is None:
+            self.give_back()
+        else:
+            self.end(training, outcome)
+
+    def announce(self) -> None:
+        """Tell the tracker of the trial, before anything can go wrong with it."""
+        self.started = time.time()
+        self._start_run(self.configured())
+
+    def begin(self, training: Trial) -> None:
+        """Go on from a checkpoint where there is one; from here on epochs can be measured."""
         self._describe(training)
-        self.checkpoints = self._checkpoints(checkpoints.digest(config, by))
+        self.checkpoints = self._checkpoints(checkpoints.digest(training.config, self.by))
         if found := self.checkpoints.latest():
             self._go_on(training, found)
-        self.reports = Reports(worker.store, self.study, self.claimed)
-        try:
-            end = self._epochs(training)
-        except Interrupted:
-            if self.reports.lost:
-                raise TrialLostError from None
-            end = None
-        if end is None:
-            self.give_back()
-            return
-        outcome, final = end
+        self.reports = Reports(self.worker.store, self.study, self.claimed)
+
+    def end(self, training: Trial, outcome: Outcome) -> None:
+        """Tell store and tracker how the trial ended; a completed one reads the test set."""
+        final: Mapping[str, float] = {}
         if outcome is Outcome.COMPLETED:
             final = training.test()
             self._save_weights(training)
         self._finish(outcome, final)
 
     def close(self) -> None:
-        """End what works in the background for this attempt."""
+        """End what works in the background for this attempt, its heartbeat last."""
         if self.reports is not None:
             self.reports.close()
+        self.background.close()
 
     def _checkpoints(self, digest: str) -> TrialCheckpoints:
         faults = self.study.spec.faults
@@ -122,7 +156,7 @@ class Attempt:
             at_most_s=faults.checkpoint_s,
         )
 
-    def _go_on(self, training: Training, found: Checkpoint) -> None:
+    def _go_on(self, training: Trial, found: Checkpoint) -> None:
         """Continue after the last epoch of a checkpoint; store and tracker get what they lack."""
         training.load_state_dict(found.training)
         self.epochs = list(found.epochs)
@@ -148,30 +182,28 @@ class Attempt:
         """Optuna takes no reports of studies with several objectives."""
         return len(self.study.spec.objective) > 1
 
-    def _epochs(self, training: Training) -> tuple[Outcome, Mapping[str, float]] | None:
+    def _epochs(self, training: Training) -> Outcome | None:
         """Train; how it ended, or None where the trial is to go back to the queue."""
-        faults, signals = self.study.spec.faults, self.worker.signals
-        leave_s = max(0.0, faults.grace_s - min(_RESERVE_S, faults.grace_s / 3))
 
         def interrupt() -> bool:
-            return (signals.stopping and signals.waited_s() >= leave_s) or self._reports.lost
+            return self.worker.out_of_time(self.study) or self._reports.lost
 
         with contextlib.closing(training.epochs(interrupt=interrupt)) as epochs:
             for measurement in epochs:
-                ended = self._measured(training, measurement)
+                self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
+                ended = self.measured(training, measurement)
                 if ended is not None:
-                    return ended, {}
-                if signals.stopping and measurement.epoch < training.config.train.epochs:
-                    self._save(training)
+                    return ended
+                if self.worker.signals.stopping:
+                    self.save(training)
                     return None
-        return Outcome.COMPLETED, {}
+        return Outcome.COMPLETED
 
-    def _measured(self, training: Training, measurement: Measurement) -> Outcome | None:
+    def measured(self, training: Trial, measurement: Measurement) -> Outcome | None:
         """Say what an epoch gave, tracker first; how the trial ends if this was its last."""
         epoch = Epoch(measurement=measurement, time_ms=round(time.time() * 1000))
         self.epochs.append(epoch)
         self._log(epoch)
-        self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
         if not measurement.finite:
             return Outcome.DIVERGED
         last = measurement.epoch >= training.config.train.epochs
@@ -180,14 +212,15 @@ class Attempt:
             if self._reports.tell(measurement.epoch, value, decide=not last) and not last:
                 return Outcome.PRUNED
         if last:
-            return None
+            return Outcome.COMPLETED
         if self.worker.asked is Control.CANCEL:
             return Outcome.CANCELLED
         if self._kept.due(measurement.epoch):
-            self._save(training)
+            self.save(training)
         return None
 
-    def _save(self, training: Training) -> None:
+    def save(self, training: Trial) -> None:
+        """Write a checkpoint after the last finished epoch."""
         self._kept.write(training, self.epochs, self._seconds)
 
     @property
@@ -229,6 +262,7 @@ class Attempt:
                     names.STATE_TAG: "running",
                     names.ATTEMPT_TAG: str(self.claimed.attempt),
                     names.WORKER_TAG: self.worker.name,
+                    **({names.COHORT_TAG: self.cohort} if self.cohort else {}),
                     **environment_tags(),
                 },
                 start_time_ms=round(self.started * 1000),
@@ -236,8 +270,10 @@ class Attempt:
         )
         self.tracked = True
 
-    def _describe(self, training: Training) -> None:
+    def _describe(self, training: Trial) -> None:
         """What is known of the trial once its model and data are there."""
+        if self.alone_because:
+            training.notes["cohort"] = f"none: {self.alone_because}"
         facts = {attr.PARAMETERS: training.parameters}
         self._patiently(
             lambda: queue.note(self.worker.store, self.claimed, facts), "describe the trial"
@@ -308,7 +344,7 @@ class Attempt:
                 end_time_ms=round(time.time() * 1000),
             )
 
-    def _save_weights(self, training: Training) -> None:
+    def _save_weights(self, training: Trial) -> None:
         """Hand the weights to the tracker if no trial so far was better."""
         from safetensors.torch import save_file
 
@@ -326,8 +362,10 @@ class Attempt:
             save_file({key: value.contiguous() for key, value in weights.items()}, file)
             self.worker.tracker.artifact(self.key, file, names.WEIGHTS_FOLDER)
 
-    def give_back(self) -> None:
+    def give_back(self, *, alone: bool = False) -> None:
         """Put the trial back for another worker; nothing of it is lost but the time.
+
+        With ``alone`` it is not to join a cohort again.
 
         Where the store cannot be told in time, the trial counts as lost a little later.
         """
@@ -335,6 +373,11 @@ class Attempt:
         try:
             if self.checkpoints is not None:
                 self.checkpoints.wait(self.study.spec.faults.grace_s)
+            if alone:
+                self._patiently(
+                    lambda: queue.note(self.worker.store, self.claimed, {attr.ALONE: True}),
+                    "put the trial back",
+                )
             self._patiently(
                 lambda: queue.put_back(self.worker.store, self.claimed), "put the trial back"
             )

@@ -1,4 +1,4 @@
-"""The thread that beats for the trial in hand, and for the worker itself among its kind."""
+"""The thread that beats for the trials in hand, and for the worker itself among its kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TELL_S: Final = 10.0
 
 
 class Heart(threading.Thread):
-    """Beats for the trial in hand, and looks what the study is asked for.
+    """Beats for the trials in hand, all of one study, and looks what the study is asked for.
 
     It outlives database errors: a beat that fails is tried again with the next one. When the
     process that started the worker is gone, the worker is told to stop as by a signal.
@@ -38,7 +38,7 @@ class Heart(threading.Thread):
         self._told = 0.0
         self._ended = False
         self._parent = parent
-        self._claim: queue.Claim | None = None
+        self._claims: tuple[queue.Claim, ...] = ()
         self._study_id: int | None = None
         self._interval_s = 10.0
         self._missed = 0
@@ -48,20 +48,26 @@ class Heart(threading.Thread):
 
     @contextlib.contextmanager
     def beating(self, study: StoredStudy, claimed: queue.Claim) -> Iterator[None]:
-        """Beat for ``claimed`` as long as the context lasts."""
-        self._interval_s = study.spec.faults.heartbeat_s
-        self._study_id, self._claim = study.id, claimed
-        self._presence = replace(
-            self._presence, study=study.name, trials=(claimed.number,), problem=None
-        )
-        self.asked = Control.RUN
+        """Beat for ``claimed`` as long as the context lasts, beside others of the same study."""
+        if not self._claims:
+            self._interval_s = study.spec.faults.heartbeat_s
+            self._study_id = study.id
+            self.asked = Control.RUN
+        self._hold((*self._claims, claimed), study.name)
         self._wake.set()
         try:
             yield
         finally:
-            self._claim = None
+            self._hold(tuple(each for each in self._claims if each is not claimed), study.name)
+
+    def _hold(self, claims: tuple[queue.Claim, ...], study: str) -> None:
+        self._claims = claims
+        numbers = tuple(claimed.number for claimed in claims)
+        self._presence = replace(self._presence, study=study if claims else None, trials=numbers)
+        if claims:
+            self._presence = replace(self._presence, problem=None)
+        else:
             self.samples_per_s = None
-            self._presence = replace(self._presence, study=None, trials=())
 
     def say(self, problem: str) -> None:
         """Show what keeps the worker from a study."""
@@ -75,18 +81,19 @@ class Heart(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._wake.wait(timeout=self._interval_s if self._claim else 1.0)
+            self._wake.wait(timeout=self._interval_s if self._claims else 1.0)
             self._wake.clear()
             if self._parent is not None and os.getppid() != self._parent:
                 _log.warning("the process that started this worker is gone; stopping")
                 self._parent = None
                 self._signals.stop()
-            claimed, study_id = self._claim, self._study_id
-            if claimed is None and time.monotonic() - self._told < _TELL_S:
+            claims, study_id = self._claims, self._study_id
+            if not claims and time.monotonic() - self._told < _TELL_S:
                 continue
             try:
-                if claimed is not None and study_id is not None:
+                for claimed in claims:
                     queue.beat(self._store, claimed)
+                if claims and study_id is not None:
                     self.asked = studies.control(self._store, study_id)
                 self._tell()
                 self._missed = 0

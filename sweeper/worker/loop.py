@@ -10,15 +10,16 @@ trial goes back to the queue with a checkpoint, the worker ends. Twice: the tria
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
@@ -36,6 +37,7 @@ from sweeper.store import Control, Outcome, Store, StoredStudy, queue
 from sweeper.store.workers import Presence
 from sweeper.tracking import Tracker
 from sweeper.worker.attempt import Attempt
+from sweeper.worker.cohorts import Cohorts, out_of_memory
 from sweeper.worker.heart import Heart
 from sweeper.worker.patience import patiently
 from sweeper.worker.signals import Signals, StopNowError
@@ -45,6 +47,8 @@ if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial
     from sweeper.data import Dataset
 
 _log = logging.getLogger(__name__)
+_RESERVE_S: Final = 5.0
+"""So much of the grace after a signal is kept for the checkpoint and for giving the trial back."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +66,7 @@ class Worker:
     allow_imports: bool = False
     signals: Signals = field(default_factory=Signals)
     _dataset: tuple[DataConfig, Dataset] | None = None
+    _next: Attempt | None = None
 
     def run(self) -> None:
         """Work until the study is over, a signal arrives, or something cannot be done.
@@ -78,12 +83,16 @@ class Worker:
         )
         self._heart = Heart(self.store, self.signals, self._presence(), parent=self.parent)
         self._heart.start()
+        self._cohorts = Cohorts(worker=self, work=self._work)
         try:
             while not self.signals.stopping and self._work_once():
                 pass
         except StopNowError:
             pass
         finally:
+            if self._next is not None:
+                self._next.give_back()
+                self._next.close()
             self._heart.leave()
 
     def _presence(self) -> Presence:
@@ -100,6 +109,10 @@ class Worker:
 
     def _work_once(self) -> bool:
         """Train one trial, or wait a moment where there is none. False: nothing is left to do."""
+        if self._next is not None:
+            attempt, self._next = self._next, None
+            self._train_or_bar(attempt)
+            return True
         found = patiently(self._work.next, "look for work", self.signals)
         if found is Rest.OVER:
             return False
@@ -109,24 +122,53 @@ class Worker:
                 time.sleep(0.1)
             return True
         study, claimed = found
-        with self._heart.beating(study, claimed):
-            try:
-                self._train(study, claimed)
-            except (DataNotFoundError, MissingExtraError) as error:
-                if self.study:
-                    raise
-                _log.error("%s cannot be trained here, it is left to others: %s", study.name, error)
-                self._heart.say(f"{study.name}: {error}")
-                self._work.bar(study)
+        self._train_or_bar(self.taken(study, claimed))
         return True
 
-    def _train(self, study: StoredStudy, claimed: queue.Claim) -> None:
-        """Train one trial to whatever end it finds. Only what no trial survives is raised."""
+    def taken(self, study: StoredStudy, claimed: queue.Claim) -> Attempt:
+        """A claimed trial for which the heart beats until it is closed."""
         attempt = Attempt(worker=self, study=study, claimed=claimed)
+        attempt.background.enter_context(self._heart.beating(study, claimed))
+        return attempt
+
+    def _train_or_bar(self, attempt: Attempt) -> None:
+        study = attempt.study
         try:
-            attempt.run()
+            self._train(attempt)
+        except (DataNotFoundError, MissingExtraError) as error:
+            if self.study:
+                raise
+            _log.error("%s cannot be trained here, it is left to others: %s", study.name, error)
+            self._heart.say(f"{study.name}: {error}")
+            self._work.bar(study)
+
+    def _train(self, attempt: Attempt) -> None:
+        """Train one trial, alone or with others, to whatever end it finds.
+
+        Only what no trial survives is raised.
+        """
+        together = None
+        try:
+            with self.fate_of(attempt):
+                together = self._cohorts.around(attempt)
+                if together is None:
+                    attempt.run()
+        finally:
+            if together is None:
+                attempt.close()
+        if together is not None:
+            self._next = together.run(attempt)
+
+    @contextlib.contextmanager
+    def fate_of(self, attempt: Attempt) -> Iterator[None]:
+        """Give the trial the end that belongs to what is raised in the context.
+
+        Only what no trial survives is raised on.
+        """
+        try:
+            yield
         except TrialLostError:
-            _log.warning("trial %d was given to another worker; dropped", claimed.number)
+            _log.warning("trial %d was given to another worker; dropped", attempt.claimed.number)
         except (StopNowError, DataNotFoundError, MissingExtraError):
             attempt.give_back()
             raise
@@ -136,24 +178,42 @@ class Worker:
             attempt.give_back()
             raise
         except MemoryError:
-            self._run_out_of_memory(attempt)
+            self.run_out_of_memory(attempt, traceback.format_exc())
         except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
-            if type(error).__name__ == "OutOfMemoryError":
-                self._run_out_of_memory(attempt)
+            if out_of_memory(error):
+                self.run_out_of_memory(attempt, traceback.format_exc())
             else:
                 attempt.fail(Outcome.CRASHED, traceback.format_exc())
-        finally:
-            attempt.close()
 
-    def _run_out_of_memory(self, attempt: Attempt) -> None:
+    def run_out_of_memory(self, attempt: Attempt, error: str) -> None:
         """End the trial, and hold nothing that the next one may need."""
+        self._dataset = None
+        attempt.fail(Outcome.OUT_OF_MEMORY, error)
+        self.free_memory()
+
+    def free_memory(self) -> None:
+        """Give back to the device what nobody holds any more."""
         import torch
 
-        self._dataset = None
-        attempt.fail(Outcome.OUT_OF_MEMORY, traceback.format_exc())
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def out_of_time(self, study: StoredStudy) -> bool:
+        """Whether the grace after a signal leaves no time to finish an epoch."""
+        signals, grace_s = self.signals, study.spec.faults.grace_s
+        return signals.stopping and signals.waited_s() >= grace_s - min(_RESERVE_S, grace_s / 3)
+
+    def loaded(self, config: TrialConfig) -> Dataset:
+        """The data set of a trial, from the trial before where it had the same."""
+        from sweeper.data import load
+        from sweeper.training import best_device
+
+        found = self.dataset_for(config)
+        if found is None:
+            found = load(config.data, folder=self.settings.data, device=best_device())
+            self.keep(config, found)
+        return found
 
     def dataset_for(self, config: TrialConfig) -> Dataset | None:
         """The data set of the trial before, where this one has the same."""

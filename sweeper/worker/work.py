@@ -11,8 +11,9 @@ import enum
 import logging
 import random
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from sweeper.errors import UsageError
 from sweeper.store import (
@@ -68,6 +69,26 @@ class Work:
         found = self._of_one(self.study) if self.study else self._of_any()
         self._idle = self._idle + 1 if found is Rest.WAIT else 0
         return found
+
+    def another(self, study: StoredStudy) -> queue.Claim | None:
+        """One more trial of a study that this worker is at, unless another one is to come first."""
+        return queue.claim(self.store, study.id, self.worker) if self._goes_on(study) else None
+
+    def another_where(
+        self, study: StoredStudy, fits: Callable[[Mapping[str, Any]], bool]
+    ) -> queue.Claim | None:
+        """As :meth:`another`, of the trials whose values are known and fit."""
+        if not self._goes_on(study):
+            return None
+        return queue.claim_where(self.store, study.id, self.worker, spec=study.spec, fits=fits)
+
+    def _goes_on(self, study: StoredStudy) -> bool:
+        if studies.control(self.store, study.id) is not Control.RUN:
+            return False
+        if self.study:
+            return True
+        first = next((each for each in self._queued() if not self._refused(each)), None)
+        return first is not None and first.id == study.id
 
     def pause_s(self) -> float:
         """How long to wait before the next look; idle workers of a store are never in step."""

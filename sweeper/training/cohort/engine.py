@@ -68,6 +68,8 @@ class CohortEngine:
         self._evaluation_batch = evaluation_batch(config.model, dataset.shape, device)
         self.seats: list[Seat] = []
         self._numbers: Numbers  # and what goes with it: there with the first arrangement
+        self._before: Numbers
+        self._remembers = False
         self._graph: CapturedStep | None = None
         self._captured: Hashable = None
         self.graph = "not used: a CUDA graph needs a CUDA device"
@@ -95,28 +97,35 @@ class CohortEngine:
                     place = self._numbers.slot(k)
                     place.copy_(new.numbers)
                     new.numbers = place
+                    self._remembers = False
             self.seats = list(seats)
             return
         self.drop_graph()
-        self.seats = list(seats)
         if not seats:
+            self.seats = []
             return
-        self._numbers = Numbers.stacked([seat.numbers for seat in seats])
-        self._numbers.weights.requires_grad_(True)
-        for k, seat in enumerate(seats):
-            seat.numbers = self._numbers.slot(k)
         slots, device = len(seats), self._device
+        numbers = Numbers.stacked([seat.numbers for seat in seats])
+        before = numbers.copied()
         self._optimizer = CohortOptimizer(slots, dtype=self.precision.dtype, device=device)
         self._loss = self._loss_of([seat.config for seat in seats])
         self._totals = _Totals(slots, device)
         self._order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
         self._next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
+        # Until here nothing is lost where memory does not suffice.
+        numbers.weights.requires_grad_(True)
+        self._numbers, self._before, self._remembers = numbers, before, False
+        self.seats = list(seats)
+        for k, seat in enumerate(seats):
+            seat.numbers = numbers.slot(k)
 
     def train(
         self, *, epochs: Sequence[int], lrs: Sequence[float], before_batch: Callable[[], None]
     ) -> list[Pass]:
         """Every seat's next epoch, which has its own number and learning rate."""
         seeds = [seat.config.train.seed for seat in self.seats]
+        self._before.copy_(self._numbers)
+        self._remembers = True
         self._configure(lrs)
         self._template.train()
         with repeatable(self._device):
@@ -131,6 +140,11 @@ class CohortEngine:
         synchronize(self._device)
         seconds = time.perf_counter() - started
         return self._totals.passes(len(self.inputs), seconds)
+
+    def roll_back(self) -> None:
+        """Put the numbers of all seats back to where the last epoch began."""
+        if self.seats and self._remembers:
+            self._numbers.copy_(self._before)
 
     def evaluate(self, inputs: Inputs, before_batch: Callable[[], None]) -> list[Pass]:
         """Every seat's loss and accuracy on ``inputs``."""

@@ -87,14 +87,21 @@ class Cohort:
     def epoch(self, *, interrupt: Interrupt | None = None) -> list[tuple[Member, Measurement]]:
         """Train every member for one epoch; what each of them measured.
 
-        The caller closes those that are over. Raises Interrupted as soon as ``interrupt`` says so;
-        the epoch is then lost to all. Whatever else is raised in between leaves members that
-        cannot go on: close them all.
+        The caller closes those that are over. Raises Interrupted as soon as ``interrupt`` says so.
+        Whatever is raised, memory that does not suffice included, all members are afterwards where
+        they were before.
         """
-        engine, poll = self._open(), Poll(interrupt)
+        engine = self._open()
         self._settle(engine)
         if not self._slots:
             return []
+        try:
+            return self._run_epoch(engine, Poll(interrupt))
+        except BaseException:
+            engine.roll_back()
+            raise
+
+    def _run_epoch(self, engine: CohortEngine, poll: Poll) -> list[tuple[Member, Measurement]]:
         plans = [slot.upcoming if slot is not None else (1, 0.0) for slot in self._slots]
         trained = engine.train(
             epochs=[epoch for epoch, _ in plans],
@@ -138,21 +145,21 @@ class Cohort:
 
     def _settle(self, engine: CohortEngine) -> None:
         """Give everybody a slot: a free one first; then drop the free ones that are too many."""
-        slots = list(self._slots)
+        slots, joining = list(self._slots), list(self._joining)
         free = [k for k, slot in enumerate(slots) if slot is None]
-        while free and self._joining:
-            slots[free.pop(0)] = self._joining.pop(0)
+        while free and joining:
+            slots[free.pop(0)] = joining.pop(0)
         seats: list[Seat | None] = [
             slot.seat if slot is not None else old
             for slot, old in zip(slots, engine.seats, strict=True)
         ]
         tolerated = len(slots) * _IDLE_SHARE if engine.graph == "captured" else 0
-        if self._joining or len(free) > tolerated or len(free) == len(slots):
-            slots = [*(slot for slot in slots if slot is not None), *self._joining]
+        if joining or len(free) > tolerated or len(free) == len(slots):
+            slots = [*(slot for slot in slots if slot is not None), *joining]
             seats = [slot.seat for slot in slots if slot is not None]
-            self._joining = []
-        self._slots = slots
+            joining = []
         engine.arrange([seat for seat in seats if seat is not None])
+        self._slots, self._joining = slots, joining
 
     def _open(self) -> CohortEngine:
         if self._engine is None:
@@ -197,6 +204,11 @@ class Member(NetworkTrial):
     def upcoming(self) -> tuple[int, float]:
         """Number and learning rate of the coming epoch."""
         return self._epoch + 1, self._schedule.lr
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done: then there is nothing to train."""
+        return self._epoch >= self.config.train.epochs
 
     @property
     def testable(self) -> bool:
