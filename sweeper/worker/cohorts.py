@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from sweeper import settings as names
+from sweeper.errors import StoreRefusedError, StoreUnreachableError
 from sweeper.space import structural
 from sweeper.store import Outcome, StoredStudy, queue
 from sweeper.study.spec import Grid, ReferenceOnly
@@ -103,8 +104,8 @@ class Cohorts:
 class Together:
     """One cohort of a worker, from its first trial to its last.
 
-    ``kind`` is the structure of its members and ``limit`` the most it may have. ``next`` is a trial
-    of another structure that was drawn on the way.
+    ``kind`` is the structure of its members and ``limit`` the most it may have, 0 once it broke.
+    ``next`` is a trial of another structure that was drawn on the way.
     """
 
     cohorts: Cohorts
@@ -113,6 +114,7 @@ class Together:
     limit: int
     next: Attempt | None = None
     attempts: dict[Member, Attempt] = field(default_factory=dict)
+    _name: str = ""
     _cohort: Cohort | None = None
     _fitting: dict[str, bool] = field(default_factory=dict)
     _look_at: float = 0.0
@@ -127,12 +129,13 @@ class Together:
         Only what no trial survives is raised, and then all trials are back in the queue.
         """
         try:
-            self._join(leader, names.cohort_name(self.worker.name, leader.claimed.number))
-            while not self._stopped():
+            self._name = names.cohort_name(self.worker.name, leader.claimed.number)
+            self._join(leader)
+            while self._cohort is not None and not self._stopped():
                 self._fill()
                 if not self.attempts:
                     break
-                self._conclude(self._epoch())
+                self._conclude(self._epoch(self._cohort))
         except BaseException:
             self._all_back()
             if self.next is not None:
@@ -150,7 +153,7 @@ class Together:
             self._all_back()
         return self.worker.signals.stopping
 
-    def _join(self, attempt: Attempt, name: str) -> None:
+    def _join(self, attempt: Attempt) -> None:
         """Make the trial a member, or the next one where its structure is another."""
         from sweeper.training import best_device
         from sweeper.training.cohort import Cohort, structure
@@ -162,7 +165,7 @@ class Together:
                 if structure(config) != self.kind or attempt.claimed.alone:
                     self.next = attempt
                     return
-                attempt.cohort = name
+                attempt.cohort = self._name
                 attempt.announce()
                 dataset = self.worker.loaded(config)
                 if self._cohort is None:
@@ -180,23 +183,26 @@ class Together:
                     member.close()
 
     def _fill(self) -> None:
-        """Take trials of the same structure from the queue until the cohort is full."""
-        work, now = self.cohorts.work, time.monotonic()
-        if now < self._look_at or not self.attempts:
+        """Take trials of the same structure from the queue until the cohort is full.
+
+        An empty cohort is filled again, its memory and its captured step are there; but the trial
+        that was drawn ahead is not kept waiting for that.
+        """
+        if self.attempts and time.monotonic() < self._look_at:
+            return
+        if self.next is not None and not self.attempts:
             return
         drawn = not isinstance(self.study.spec.search.sampler, Grid | ReferenceOnly)
-        name = next(iter(self.attempts.values())).cohort or ""
         while len(self.attempts) < self.limit and not self.worker.signals.stopping:
-            claimed = self._patiently_claimed(work, drawn=drawn and self.next is None)
+            claimed = self._claimed(drawn=drawn and self.next is None)
             if claimed is None:
                 self._look_at = time.monotonic() + _LOOK_AGAIN_S
                 return
-            self._join(self.worker.taken(self.study, claimed), name)
+            self._join(self.worker.taken(self.study, claimed))
 
-    def _patiently_claimed(self, work: Work, *, drawn: bool) -> queue.Claim | None:
+    def _claimed(self, *, drawn: bool) -> queue.Claim | None:
         """The next trial for this cohort. Where the store is away, the members train on."""
-        from sweeper.errors import StoreRefusedError, StoreUnreachableError
-
+        work = self.cohorts.work
         try:
             found = work.another_where(self.study, self._fits)
             if found is None and drawn:
@@ -222,14 +228,12 @@ class Together:
             self._fitting[key] = structure(config) == self.kind
         return self._fitting[key]
 
-    def _epoch(self) -> list[tuple[Member, Measurement]]:
+    def _epoch(self, cohort: Cohort) -> list[tuple[Member, Measurement]]:
         """One epoch of all; empty where it broke, and who is left then can go on."""
         from sweeper.training import Interrupted
 
-        if self._cohort is None:
-            return []
         try:
-            return self._cohort.epoch(interrupt=lambda: self.worker.out_of_time(self.study))
+            return cohort.epoch(interrupt=lambda: self.worker.out_of_time(self.study))
         except Interrupted:
             self._all_back()
             return []
@@ -279,6 +283,7 @@ class Together:
             for member, attempt in list(self.attempts.items()):
                 self.worker.run_out_of_memory(attempt, reason)
                 self._release(member)
+            self.cohorts.limits[self.kind], self.limit = 1, 0
             return
         _log.warning("memory is too small for %d trials, %d go on: %s", kept * 2, kept, reason)
         self.limit = self.cohorts.limits[self.kind] = kept
@@ -288,7 +293,7 @@ class Together:
     def _separate(self, error: str) -> None:
         """A crash hit all: each of them is to train alone, and the guilty one will crash again."""
         _log.error("the cohort broke, its trials are trained one by one: %s", error)
-        self.cohorts.limits[self.kind] = 1
+        self.cohorts.limits[self.kind], self.limit = 1, 0
         self._back(list(self.attempts), alone=True)
 
     def _all_back(self) -> None:

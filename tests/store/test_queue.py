@@ -154,3 +154,70 @@ def test_facts_are_stored_before_the_state(store: Store, started: Start) -> None
     assert row.outcome == "crashed"
     assert row.metrics == {"test_accuracy": 0.5}
     assert len(row.error or "") == 8000
+
+
+def test_trials_of_known_values_are_claimed_by_what_fits(store: Store, started: Start) -> None:
+    """Grid points in their order; others are left as they are, and so is what was never drawn."""
+    grid = started(
+        parameters={
+            "train.batch_size": {"values": [32, 64]},
+            "data.augment": {"values": [[], ["flip"]]},
+        },
+        search={"sampler": "grid"},
+    )
+
+    def claimed(study: StoredStudy, **wanted: object) -> int | None:
+        found = queue.claim_where(
+            store,
+            study.id,
+            "a",
+            spec=study.spec,
+            fits=lambda values: all(
+                values[key.replace("_", ".", 1)] == v for key, v in wanted.items()
+            ),
+        )
+        return None if found is None else found.number
+
+    assert claimed(grid, train_batch_size=64) == 2
+    assert claimed(grid, data_augment=["flip"]) == 1
+    assert claimed(grid, data_augment=["flip"]) == 3
+    assert claimed(grid, data_augment=["flip"]) is None
+    assert claimed(grid) == 0
+    rows = standing(store, grid).rows
+    assert {row.state for row in rows} == {"running"}
+
+
+def test_what_the_sampler_is_to_decide_fits_nothing_before_it_is_drawn(
+    store: Store, started: Start
+) -> None:
+    study = started()
+    assert queue.claim_where(store, study.id, "a", spec=study.spec, fits=lambda _: True) is None
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    drawn = queue.values_of(study.spec, study.study, claimed)
+    queue.put_back(store, claimed)
+    seen: list[object] = []
+
+    def fits(values: object) -> bool:
+        seen.append(values)
+        return True
+
+    again = queue.claim_where(store, study.id, "b", spec=study.spec, fits=fits)
+    assert again is not None
+    assert (again.number, again.attempt) == (claimed.number, 2)
+    assert seen == [drawn]
+
+
+def test_a_trial_that_is_to_train_alone_says_so_and_fits_no_cohort(
+    store: Store, started: Start
+) -> None:
+    study = started(parameters={"train.seed": {"values": [1]}}, search={"sampler": "grid"})
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    assert not claimed.alone
+    queue.note(store, claimed, {attr.ALONE: True})
+    queue.put_back(store, claimed)
+    assert queue.claim_where(store, study.id, "a", spec=study.spec, fits=lambda _: True) is None
+    again = queue.claim(store, study.id, "a")
+    assert again is not None
+    assert again.alone

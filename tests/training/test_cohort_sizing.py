@@ -1,0 +1,121 @@
+"""How many trials at once: measured on this machine, remembered, and never at a trial's cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sweeper.config import TrialConfig
+from sweeper.data import Dataset
+from sweeper.training.cohort import sizing
+from sweeper.training.cohort.engine import CohortEngine
+
+CPU = torch.device("cpu")
+MakeConfig = Callable[..., TrialConfig]
+MakeDataset = Callable[..., Dataset]
+
+
+@pytest.mark.parametrize(
+    ("rates", "size"),
+    [
+        ({1: 100.0}, 1),
+        ({1: 100.0, 4: 104.0}, 1),
+        ({1: 100.0, 4: 390.0, 16: 1500.0, 64: 1510.0}, 16),
+        ({1: 100.0, 4: 90.0, 16: 300.0}, 16),
+        ({1: 100.0, 4: 300.0, 16: 200.0}, 4),
+    ],
+)
+def test_the_smallest_number_that_no_larger_one_clearly_beats(
+    rates: dict[int, float], size: int
+) -> None:
+    assert sizing.chosen(rates) == size
+
+
+def test_it_is_measured_once_and_remembered(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    nasty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config({"name": "mlp", "width": 8, "dropout": 0.1})
+    dataset, file = make_dataset(config), nasty_folder / "new" / "cohorts.json"
+    monkeypatch.setattr(sizing, "SIZES", (1, 2))
+    state = torch.random.get_rng_state()
+    size = sizing.best_size(config, dataset=dataset, device=CPU, file=file)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    (kept,) = json.loads(file.read_text()).values()
+    assert kept["size"] == size
+    assert all(rate > 0 for rate in kept["samples_per_s"].values())
+    assert [each.name for each in file.parent.iterdir()] == ["cohorts.json"]
+
+    def measured(*_: Any, **__: Any) -> dict[int, float]:
+        raise RuntimeError("measured again")
+
+    monkeypatch.setattr(sizing, "throughputs", measured)
+    other = make_config({"name": "mlp", "width": 8, "dropout": 0.5}, seed=3)
+    assert sizing.best_size(other, dataset=dataset, device=CPU, file=file) == size
+    with pytest.raises(RuntimeError, match="measured again"):
+        wider = make_config({"name": "mlp", "width": 9})
+        sizing.best_size(wider, dataset=dataset, device=CPU, file=file)
+
+
+def test_a_file_that_cannot_be_used_costs_a_measurement_only(
+    make_config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    config = make_config()
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"half')
+    blocked = damaged / "below a file" / "cohorts.json"
+    for file in (damaged, blocked):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sizing, "throughputs", lambda *_, **__: {1: 1.0, 4: 3.0})
+            dataset = make_dataset(config)
+            assert sizing.best_size(config, dataset=dataset, device=CPU, file=file) == 4
+    assert len(json.loads(damaged.read_text())) == 1
+
+
+def test_sizes_that_do_not_fit_are_left_out(
+    make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, tried = CohortEngine.arrange, []
+
+    def arrange(engine: CohortEngine, seats: list[Any]) -> None:
+        tried.append(len(seats))
+        if len(seats) > 2:
+            raise torch.OutOfMemoryError("too many")
+        original(engine, seats)
+
+    monkeypatch.setattr(CohortEngine, "arrange", arrange)
+    monkeypatch.setattr(sizing, "_seconds", _growing(sizing._seconds))
+    config = make_config({"name": "mlp", "width": 8})
+    rates = sizing.throughputs(
+        config, dataset=make_dataset(config), device=CPU, sizes=(1, 2, 4, 8), batches=1
+    )
+    assert list(rates) == [1, 2]
+    assert tried == [2, 4]
+
+
+def _growing(measure: Callable[..., float]) -> Callable[..., float]:
+    """The measurement as it is, with a time in which more trials are always faster."""
+
+    def seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: int) -> float:
+        assert measure(config, dataset, device, size) > 0
+        return 1.0 / size
+
+    return seconds
+
+
+def test_slower_sizes_end_the_search(
+    make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sizing, "_seconds", lambda *arguments: {1: 1.0, 2: 1.0, 4: 3.0}[arguments[3]]
+    )
+    config = make_config()
+    rates = sizing.throughputs(config, dataset=make_dataset(config), device=CPU, sizes=(1, 2, 4, 8))
+    assert list(rates) == [1, 2, 4]
