@@ -249,11 +249,13 @@ def _open_postgres(address: URL, pool: int) -> RDBStorage:
         "pool_timeout": _BUSY_TIMEOUT_S,
     }
     try:
-        complete = _schema_is_there(address)
-        with contextlib.nullcontext() if complete else _server_lock(address, None):
-            backend = RDBStorage(url, engine_kwargs=options, skip_table_creation=complete)
-            if not complete:
-                create_own_tables(backend.engine)
+        if not _schema_is_there(address):
+            with _server_lock(address, None):
+                if not _schema_is_there(address):  # nobody was faster
+                    first = RDBStorage(url)
+                    create_own_tables(first.engine)
+                    first.engine.dispose()
+        backend = RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
     except ImportError as error:
         raise MissingExtraError(
             "PostgreSQL needs psycopg, which is not installed; run: pip install 'sweeper[postgres]'"

@@ -1,0 +1,166 @@
+"""Workers behind a controller's gRPC proxy: the same claims, heartbeats and losses."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import text
+
+from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
+from sweeper.store import (
+    Outcome,
+    Store,
+    StoredStudy,
+    open_store,
+    overview,
+    queue,
+    recovery,
+    standing,
+    studies,
+    workers,
+)
+from sweeper.store.workers import Presence
+
+pytest.importorskip("grpc", reason="the extra grpc is not installed")
+
+Start = Callable[..., StoredStudy]
+
+
+@pytest.fixture
+def proxy(url: str, store: Store) -> Iterator[str]:
+    """The address of a proxy for the store; the store itself is open beside it."""
+    from sweeper.store.proxy import ProxyServer
+
+    with ProxyServer(url, "127.0.0.1", 0) as server:
+        yield f"grpc://127.0.0.1:{server.port}"
+
+
+@pytest.fixture
+def remote(proxy: str) -> Iterator[Store]:
+    opened = open_store(proxy)
+    yield opened
+    opened.close()
+
+
+def silence(store: Store) -> None:
+    """Let every heartbeat be minutes ago."""
+    ago = (
+        "datetime(heartbeat, '-300 seconds')"
+        if store.url.get_backend_name() == "sqlite"
+        else "heartbeat - interval '300 seconds'"
+    )
+    with store.backend.engine.begin() as connection:
+        connection.execute(text(f"UPDATE trial_heartbeats SET heartbeat = {ago}"))
+
+
+def test_a_trial_goes_through_the_proxy_from_claim_to_end(
+    store: Store, remote: Store, started: Start
+) -> None:
+    study = started(search={"trials": 2})
+    assert overview.queued(remote) == [study.id]
+    seen = studies.load(remote, "study")
+    assert seen.spec == study.spec
+    claimed = queue.claim(remote, seen.id, "far")
+    assert claimed is not None
+    values = queue.values_of(seen.spec, seen.study, claimed)
+    assert 1.0e-4 <= values["optimizer.lr"] <= 0.1
+    queue.report(remote, claimed, 1, 0.25)
+    queue.report_missing(remote, claimed, {1: 9.0, 2: 0.5})
+    assert not queue.should_prune(remote, seen.study, claimed, 2, {1: 0.25, 2: 0.5})
+    for _ in range(2):  # the answer to the first may have been lost on the way
+        queue.finish(remote, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+    row = standing(store, study).rows[0]
+    assert (row.state, row.worker, row.values) == ("complete", "far", (0.5,))
+    assert (dict(row.history), dict(row.params)) == ({1: 0.25, 2: 0.5}, values)
+    second = queue.claim(remote, seen.id, "far")
+    assert second is not None
+    queue.put_back(remote, second)
+    assert standing(store, study).counts["waiting"] == 1
+
+
+def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
+    store: Store, remote: Store, started: Start
+) -> None:
+    study = started(search={"trials": 1})
+    claimed = queue.claim(remote, study.id, "far")
+    assert claimed is not None
+    silence(store)
+    queue.beat(remote, claimed)
+    assert recovery.reap(store, study.id, lost_after_s=60) == []
+    silence(store)
+    assert recovery.reap(store, study.id, lost_after_s=60) == [0]
+    with store.exclusively():
+        assert len(recovery.reconcile(store, study.id, study.spec)) == 1
+    far = studies.load(remote, "study").study
+    with pytest.raises(TrialLostError):
+        queue.report(remote, claimed, 1, 0.5)
+    with pytest.raises(TrialLostError):
+        queue.finish(remote, far, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+    again = queue.claim(remote, study.id, "heir")
+    assert again is not None
+    assert (again.number, again.origin, again.attempt) == (1, 0, 2)
+
+
+def test_many_claim_at_once_and_no_trial_is_claimed_twice(
+    store: Store, proxy: str, started: Start
+) -> None:
+    study = started(search={"trials": 40})
+    taken: list[int] = []
+
+    def work(name: str) -> None:
+        opened = open_store(proxy)
+        seen = studies.load(opened, "study")
+        while (claimed := queue.claim(opened, seen.id, name)) is not None:
+            queue.finish(opened, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+            taken.append(claimed.number)
+        opened.close()
+
+    threads = [threading.Thread(target=work, args=(f"w{index}",)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(taken) == list(range(40))
+    assert Counter(row.state for row in standing(store, study).rows) == {"complete": 40}
+
+
+def test_a_worker_behind_the_proxy_is_listed(store: Store, remote: Store) -> None:
+    me = Presence(
+        name="far",
+        host="there",
+        pid=1,
+        device="cpu",
+        launcher="slurm",
+        study="study",
+        trials=(1, 2),
+    )
+    workers.tell(remote, me)
+    assert [row.presence for row in workers.listed(store)] == [me]
+    workers.leave(remote, "far")
+    assert workers.listed(store) == []
+
+
+def test_what_needs_the_database_says_so(remote: Store, started: Start) -> None:
+    started()
+    with pytest.raises(UsageError, match="serves workers and nothing else"):
+        workers.listed(remote)
+    with pytest.raises(UsageError, match="database itself"), remote.exclusively():
+        pass
+
+
+def test_a_proxy_that_is_gone_is_a_store_out_of_reach(url: str, store: Store) -> None:
+    from sweeper.store.proxy import ProxyServer
+
+    with ProxyServer(url, "127.0.0.1", 0) as server:
+        opened = open_store(f"grpc://127.0.0.1:{server.port}")
+        with pytest.raises(UsageError, match="cannot be had"):
+            ProxyServer(url, "127.0.0.1", server.port).__enter__()
+    for call in (lambda: overview.queued(opened), lambda: studies.names(opened)):
+        with pytest.raises(StoreUnreachableError, match=rf"grpc://127.0.0.1:{server.port} said"):
+            call()
+    opened.close()
+    with pytest.raises(UsageError, match="grpc://host:port"):
+        open_store("grpc://")
