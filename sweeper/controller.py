@@ -27,7 +27,7 @@ from sweeper.errors import (
     WorkersFailedError,
 )
 from sweeper.launchers import PYTHON, Job, Launcher, Process
-from sweeper.settings import LAUNCHER_VARIABLE, Settings, masked
+from sweeper.settings import LAUNCHER_VARIABLE, Settings, login_variables, masked
 from sweeper.store import (
     Control,
     Outcome,
@@ -192,6 +192,7 @@ class Sweep:
         return Job(
             argv=[PYTHON, "-m", "sweeper", "worker", self.study.name, *tied, *allowed],
             environment={
+                **login_variables(),
                 **self.settings.environment(),
                 LAUNCHER_VARIABLE: self.launcher.name,
                 **self.environment,

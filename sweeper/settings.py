@@ -34,6 +34,13 @@ from sweeper.private import redacted
 WORKER_VARIABLE: Final = "SWEEPER_WORKER"
 LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
 
+_LOGINS: Final = (
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("MLFLOW_TRACKING_INSECURE_TLS", "PGPASSWORD", "PGSSLMODE"),
+)
+"""What servers ask for, by MLflow's and PostgreSQL's own names. Names of files are not among them:
+they need not be the same on another machine."""
+
 _SECRETS: Final = ("password", "sslpassword")
 """Parameters of PostgreSQL that are for nobody to see."""
 
@@ -150,6 +157,12 @@ class Settings:
         if self.tracking_uri:
             variables["MLFLOW_TRACKING_URI"] = self.tracking_uri
         return variables
+
+
+def login_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The logins of this process, for a worker on another machine. Never to be shown or stored."""
+    env = os.environ if environment is None else environment
+    return {name: env[name] for name in _LOGINS if name in env}
 
 
 def _content(file: str | None) -> str | None:

@@ -319,6 +319,24 @@ def test_only_a_study_that_came_from_a_file_lets_workers_import(
 # --- the store is away
 
 
+def test_workers_get_the_logins_by_environment_and_never_by_command_line(
+    sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logins = {
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": "s1",
+        "PGPASSWORD": "s2",
+    }
+    for name, value in logins.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGPASSFILE", "/only/here")
+    job = sweep().job
+    assert logins.items() <= job.environment.items()
+    assert "PGPASSFILE" not in job.environment
+    assert not {"s1", "s2"} & set(job.argv)
+    assert "s1" not in repr(job)
+
+
 def test_an_outage_is_borne_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(controller.time, "monotonic", lambda: clock[0])

@@ -41,11 +41,13 @@ class Group:
 class Job:
     """What to start: a command line, its environment beside the launcher's own, GPUs a copy.
 
+    The environment may hold passwords, so it is not shown.
+
     ``logs`` is the folder that the copies write their output into, each on its own machine.
     """
 
     argv: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     gpus: float = 1.0
     logs: Path
 
