@@ -102,6 +102,11 @@ def test_a_pod_has_no_privileges(name: str) -> None:
     assert "/tmp" in {mount["mountPath"] for mount in container(name)["volumeMounts"]}
 
 
+@pytest.mark.parametrize("name", sorted(PODS.keys() - {"StatefulSet postgres"}))
+def test_the_home_folder_can_be_written(name: str) -> None:
+    assert variables(name)["HOME"] == "/tmp"
+
+
 @pytest.mark.parametrize("name", PODS)
 def test_what_a_pod_refers_to_is_there(name: str) -> None:
     pod = PODS[name]

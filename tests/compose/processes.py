@@ -49,7 +49,7 @@ class Running:
         """What a container of the service would find, and what an image has from its base."""
         return {
             "PATH": PROGRAMS,
-            "HOME": str(self.machine.folder / "nobody"),
+            "HOME": str(self.machine.folder / "home"),
             "LANG": "C.UTF-8",
             "PYTHONPATH": str(ROOT),
             **self.machine.environment(name),
