@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _POLL_S: Final = 0.5
 _LEAVE_S: Final = 60.0
+_LINGER_S: Final = 5.0
+"""Then workers are told that all is over: one that waits for a place in a cluster cannot know."""
 _OTHERS_S: Final = 600.0
 """A controller that is just finishing the same study is waited for."""
 
@@ -273,10 +275,12 @@ def _leave(sweep: Sweep) -> None:
     """Wait for workers that are about to end, and leave none behind."""
     from sweeper.store import standing
 
-    until = time.monotonic() + _LEAVE_S
+    began = time.monotonic()
     try:
         over = standing(sweep.store, sweep.study).over
-        while over and sweep.alive and time.monotonic() < until:
+        while over and sweep.alive and (waited_s := time.monotonic() - began) < _LEAVE_S:
+            if waited_s > _LINGER_S and not sweep.stopping:
+                sweep.stop()
             time.sleep(0.1)
     finally:
         if sweep.alive:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,10 @@ _log = logging.getLogger(__name__)
 _ray: Any = untyped_ray  # half of its functions carry no types
 
 _NAMESPACE: Final = "sweeper"
+_NO_CLUSTER: Final = (
+    "--detach needs a Ray cluster that outlives this command, but RAY_ADDRESS names none and none "
+    "runs on this machine; start one: ray start --head"
+)
 _ANSWER_S: Final = 10.0
 _FRESH_S: Final = 0.3
 
@@ -102,21 +107,25 @@ def _reaching() -> Iterator[None]:
 def connect(*, detached: bool) -> None:
     """Join the cluster at ``RAY_ADDRESS``, or one that runs on this machine, or start one here.
 
-    A cluster that is started here ends with this process.
+    A cluster that is started here ends with this process; ``RAY_ADDRESS=local`` always starts one.
 
     Raises:
         UsageError: ``detached``, and there is no cluster that would outlive this process.
         OutOfReachError: the cluster does not answer, or does not let us in.
     """
-    if _ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     address = os.environ.get("RAY_ADDRESS")
     if address and "://" in address:
         raise UsageError(
             f"RAY_ADDRESS must be host:port of a cluster's head, but is {address!r}; launch on a "
             "machine of the cluster, without ray:// or http://"
         )
+    if address == "local" and detached:
+        raise UsageError(_NO_CLUSTER)
+    if _ray.is_initialized():
+        return
+    if address not in {None, "", "local", "auto"}:
+        _knock(str(address))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     options: dict[str, Any] = {
         "namespace": _NAMESPACE,
         "log_to_driver": False,
@@ -130,13 +139,21 @@ def connect(*, detached: bool) -> None:
                 f"the Ray cluster at RAY_ADDRESS={address} must answer, but: {error}"
             ) from error
         if detached:
-            raise UsageError(
-                "--detach needs a Ray cluster that outlives this command, but none runs here and "
-                "RAY_ADDRESS is not set; start one: ray start --head"
-            ) from error
+            raise UsageError(_NO_CLUSTER) from error
         _ray.init(address="local", include_dashboard=False, **options)
     except (RayError, RuntimeError) as error:
         raise OutOfReachError(f"the Ray cluster must let us in, but: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Raise OutOfReachError where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        raise OutOfReachError(
+            f"the head of a Ray cluster must listen at RAY_ADDRESS={address}, but: {error}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

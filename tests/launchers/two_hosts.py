@@ -29,7 +29,7 @@ import psutil
 import sqlalchemy
 from cli.conftest import Sweeper
 
-from sweeper.cli.agreement import differences
+from sweeper.service.agreement import differences
 from sweeper.settings import Settings
 from sweeper.store import Standing, open_store, standing, studies
 
