@@ -2,7 +2,8 @@
 
 Optuna's own tables, Optuna's own storage. What is added is care (design decisions 3 and 4):
 
-* SQLite: WAL, a busy timeout, and ``BEGIN IMMEDIATE``, without which a claim is not atomic.
+* SQLite: WAL, a busy timeout, and ``BEGIN IMMEDIATE``, without which a claim is not atomic;
+  connections that only read hold up nobody.
 * PostgreSQL: psycopg 3, connections checked before use, so that a restart costs no error, and given
   back to the server when they idle, so that it has room for hundreds of workers.
 * The schema is created by one process at a time; who finds it complete takes no lock.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import sys
 import threading
 import time
@@ -27,7 +27,6 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
-from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
 
@@ -39,6 +38,8 @@ from sweeper.errors import (
 )
 from sweeper.private import FILE_MODE, private_file, private_folder
 from sweeper.settings import masked
+from sweeper.store import tables
+from sweeper.store.cache import RecentStorage
 from sweeper.store.schema import create_own_tables, is_complete
 
 if TYPE_CHECKING:  # grpc is an extra
@@ -63,43 +64,6 @@ _SERVER_PATIENCE: Final = {
 _POSTGRES_LOCK_KEY: Final = 0x73776565  # "swee": the advisory lock that controllers share
 _IDLE_S: Final = 5.0
 """A connection that nobody used for so long goes back to the PostgreSQL server."""
-
-
-class RecentStorage(_CachedStorage):
-    """Optuna's cache of finished trials, which may answer from a moment ago where that will do.
-
-    Optuna reads every unfinished trial anew each time it is asked for trials. A pruner asks after
-    every epoch; within :meth:`recent` what was read less than ``slack_s`` ago is used again.
-    """
-
-    def __init__(self, backend: RDBStorage, *, slack_s: float = 0.0) -> None:
-        super().__init__(backend)
-        self._slack_s = slack_s
-        self._read_at: dict[int, float] = {}
-
-    @contextlib.contextmanager
-    def recent(self, slack_s: float) -> Iterator[None]:
-        """Let trials be up to ``slack_s`` old while the context lasts."""
-        before, self._slack_s = self._slack_s, slack_s
-        try:
-            yield
-        finally:
-            self._slack_s = before
-
-    def know(self, study_id: int, trial_id: int) -> None:
-        """Remember a trial, as Optuna wants it before a parameter is set, and read no other."""
-        frozen = self._backend.get_trial(trial_id)
-        with self._lock:
-            study = self._studies.setdefault(study_id, _StudyInfo())
-            self._add_trials_to_cache(study_id, [frozen])
-            if not frozen.state.is_finished():
-                study.unfinished_trial_ids.add(trial_id)
-
-    def _read_trials_from_remote_storage(self, study_id: int) -> None:
-        now = time.monotonic()
-        if now - self._read_at.get(study_id, -math.inf) >= self._slack_s:
-            super()._read_trials_from_remote_storage(study_id)
-            self._read_at[study_id] = now
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +99,18 @@ class Store:
             return
         self.backend.remove_session()
         self.backend.engine.dispose()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlalchemy.Connection]:
+        """A connection for queries, which all see the same moment. Locks nothing."""
+        with reaching(self.url), tables.reading(self.backend.engine) as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlalchemy.Connection]:
+        """A transaction: all of it is stored at the end, or nothing."""
+        with reaching(self.url), self.backend.engine.begin() as connection:
+            yield connection
 
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -232,7 +208,7 @@ def _open_sqlite(address: URL) -> RDBStorage:
     url = address.render_as_string(hide_password=False)
     backend = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _BUSY_TIMEOUT_S}})
     event.listen(backend.engine, "connect", _prepare_sqlite)
-    event.listen(backend.engine, "begin", _begin_immediate)
+    event.listen(backend.engine, "begin", _begin)
     backend.engine.dispose()  # connections made before the listeners
     create_own_tables(backend.engine)
     return backend
@@ -298,8 +274,9 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _begin_immediate(connection: sqlalchemy.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _begin(connection: sqlalchemy.Connection) -> None:
+    reads = connection.get_execution_options().get(tables.READS, False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 @contextlib.contextmanager

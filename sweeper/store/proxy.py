@@ -11,7 +11,8 @@ from typing import Any, Final, Self
 
 from sweeper.errors import StoreUnreachableError, UsageError
 from sweeper.store import overview, queue, workers
-from sweeper.store.database import RecentStorage, Store, open_store, reaching
+from sweeper.store.cache import RecentStorage
+from sweeper.store.database import Store, open_store, reaching
 from sweeper.store.remote import METHOD, require_grpc
 
 _THREADS: Final = 32
@@ -29,7 +30,7 @@ def _claim(store: Store, study_id: int, worker: str) -> dict[str, Any] | None:
     if claimed is None:
         return None
     if isinstance(store.storage, RecentStorage):
-        store.storage.know(study_id, claimed.trial_id)
+        store.storage.know(study_id, store.storage.get_trial(claimed.trial_id))
     return {**dataclasses.asdict(claimed), "failed": dict(claimed.failed)}
 
 

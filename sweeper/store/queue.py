@@ -23,25 +23,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import optuna
 import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import TrialLostError
 from sweeper.store import attributes as attr
-from sweeper.store import sampling
+from sweeper.store import sampling, tables
 from sweeper.store.attributes import Outcome
+from sweeper.store.cache import RecentStorage
 from sweeper.store.database import Store, reaching
+from sweeper.store.tables import BEATS, FACTS, TRIALS
 from sweeper.study.spec import StudySpec
 
-_AHEAD: Final = 16
 _KNOWN_AHEAD: Final = 512
 """So many waiting trials are looked through for one that fits into a cohort."""
 _PRUNER_SLACK_S: Final = 1.0
@@ -71,19 +71,15 @@ class Claim:
 def claim(store: Store, study_id: int, worker: str) -> Claim | None:
     """Take a waiting trial, the oldest first, or None where none is waiting.
 
-    The heart beats before the claim: from its first moment as RUNNING the trial has a fresh beat.
+    One transaction: from its first moment as RUNNING the trial has a worker and a fresh beat. It
+    reads no other trial, and workers that claim at once on PostgreSQL do not wait for each other.
     """
-    if remote := store.remote:  # one call instead of five: the controller claims for us
+    if remote := store.remote:  # the controller claims for us
         with reaching(store.url):
             found = remote.call("claim", study_id=study_id, worker=worker)
         return None if found is None else Claim(**found)
-    with reaching(store.url):
-        while waiting := _waiting_ids(store, study_id):
-            # the first few in an order of one's own: many workers need not race for the same one
-            for trial_id in waiting[:1] + random.sample(waiting[1:], len(waiting) - 1):
-                if (taken := _taken(store, trial_id, worker)) is not None:
-                    return taken
-    return None
+    with store.writing() as connection:
+        return _take(connection, TRIALS.c.study_id == study_id, worker)
 
 
 def claim_where(
@@ -101,28 +97,58 @@ def claim_where(
     """
     if store.remote:
         return None
-    with reaching(store.url):
-        for trial_id, known in _known_waiting(store, study_id, spec).items():
-            if fits(known) and (taken := _taken(store, trial_id, worker)) is not None:
+    with store.reading() as connection:
+        ids = connection.execute(_waiting(TRIALS.c.study_id == study_id, _KNOWN_AHEAD)).scalars()
+        known = [
+            trial
+            for trial in tables.read(connection, ids)
+            if trial.user_attrs.keys() & {attr.FIXED, attr.DRAWN}
+            and attr.ALONE not in trial.user_attrs
+        ]
+    for trial in known:
+        if fits(values(spec, trial)):
+            with store.writing() as connection:
+                taken = _take(connection, TRIALS.c.trial_id == trial._trial_id, worker)
+            if taken is not None:
                 return taken
     return None
 
 
-def _taken(store: Store, trial_id: int, worker: str) -> Claim | None:
-    """The trial, now this worker's, or None where another one was faster."""
-    store.backend.record_heartbeat(trial_id)
-    try:
-        if not store.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-            return None
-    except UpdateFinishedTrialError:
+def _waiting(among: sqlalchemy.ColumnElement[bool], limit: int) -> sqlalchemy.Select[Any]:
+    return (
+        sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.number)
+        .where(among, TRIALS.c.state == TrialState.WAITING)
+        .order_by(TRIALS.c.trial_id)
+        .limit(limit)
+    )
+
+
+def _take(
+    connection: sqlalchemy.Connection, among: sqlalchemy.ColumnElement[bool], worker: str
+) -> Claim | None:
+    """The oldest waiting trial among these, now this worker's, or None where none waits."""
+    taken = connection.execute(_waiting(among, 1).with_for_update(skip_locked=True)).one_or_none()
+    if taken is None:
         return None
-    store.storage.set_trial_user_attr(trial_id, attr.WORKER, worker)
-    trial = store.storage.get_trial(trial_id)
-    known = trial.user_attrs
+    connection.execute(
+        sqlalchemy.update(TRIALS)
+        .where(TRIALS.c.trial_id == taken.trial_id)
+        .values(state=TrialState.RUNNING, datetime_start=tables.utc(datetime.now()))
+    )
+    now = sqlalchemy.func.now()
+    connection.execute(
+        tables.upserting(connection)(BEATS)
+        .values(trial_id=taken.trial_id, heartbeat=now)
+        .on_conflict_do_update(index_elements=[BEATS.c.trial_id], set_={"heartbeat": now})
+    )
+    tables.put_facts(connection, taken.trial_id, {attr.WORKER: worker})
+    facts = sqlalchemy.select(FACTS.c.key, FACTS.c.value_json)
+    facts = facts.where(FACTS.c.trial_id == taken.trial_id)
+    known = {key: json.loads(value) for key, value in connection.execute(facts)}
     return Claim(
-        trial_id=trial_id,
-        number=trial.number,
-        origin=known.get(attr.ORIGIN, trial.number),
+        trial_id=taken.trial_id,
+        number=taken.number,
+        origin=known.get(attr.ORIGIN, taken.number),
         attempt=known.get(attr.ATTEMPT, 1),
         worker=worker,
         failed=known.get(attr.FAILURES, {}),
@@ -130,59 +156,15 @@ def _taken(store: Store, trial_id: int, worker: str) -> Claim | None:
     )
 
 
-def _known_waiting(store: Store, study_id: int, spec: StudySpec) -> dict[int, dict[str, Any]]:
-    """The values of the oldest waiting trials whose values are known, by trial id.
-
-    Read in three queries, whatever their number; those that are to train alone are left out.
-    """
-    ids = _waiting_ids(store, study_id, limit=_KNOWN_AHEAD)
-    said, given = models.TrialUserAttributeModel, models.TrialParamModel
-    about: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in ids}
-    params: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in ids}
-    with store.backend.engine.connect() as connection:
-        for trial_id, key, text in connection.execute(
-            sqlalchemy.select(said.trial_id, said.key, said.value_json).where(
-                said.trial_id.in_(ids),
-                said.key.in_((attr.FIXED, attr.DRAWN, attr.SET, attr.ALONE)),
-            )
-        ):
-            about[trial_id][key] = json.loads(text)
-        for trial_id, path, value, text in connection.execute(
-            sqlalchemy.select(
-                given.trial_id, given.param_name, given.param_value, given.distribution_json
-            ).where(given.trial_id.in_(ids))
-        ):
-            distribution = optuna.distributions.json_to_distribution(text)
-            params[trial_id][path] = distribution.to_external_repr(value)
-    return {
-        trial_id: {
-            **sampling.decoded(spec, params[trial_id]),
-            **about[trial_id].get(attr.SET, {}),
-        }
-        for trial_id in ids
-        if about[trial_id].keys() & {attr.FIXED, attr.DRAWN} and attr.ALONE not in about[trial_id]
-    }
-
-
-def _waiting_ids(store: Store, study_id: int, limit: int = _AHEAD) -> list[int]:
-    trial = models.TrialModel
-    query = (
-        sqlalchemy.select(trial.trial_id)
-        .where(trial.study_id == study_id, trial.state == TrialState.WAITING)
-        .order_by(trial.trial_id)
-        .limit(limit)
-    )
-    with store.backend.engine.connect() as connection:
-        return list(connection.execute(query).scalars())
-
-
 def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str, Any]:
     """The trial's parameters by dotted path: fixed ones as they are, the others drawn now."""
     with reaching("the database"), _owned():
-        study.get_trials(deepcopy=False)  # Optuna's cache must know the trial before it is drawn
-        frozen = study._storage.get_trial(claimed.trial_id)
+        storage = study._storage
+        frozen = storage.get_trial(claimed.trial_id)
         if frozen.user_attrs.get(attr.FIXED) or frozen.user_attrs.get(attr.DRAWN):
             return values(spec, frozen)
+        if isinstance(storage, RecentStorage):
+            storage.know(study._study_id, frozen)
         study.sampler = sampling.sampler(spec, claimed.origin)
         drawn = sampling.draw(spec, optuna.Trial(study, claimed.trial_id))
         study._storage.set_trial_user_attr(claimed.trial_id, attr.DRAWN, True)
@@ -257,8 +239,16 @@ def should_prune(
 def note(store: Store, claimed: Claim, facts: Mapping[str, Any]) -> None:
     """Store facts about a running trial under their attribute names."""
     with reaching(store.url), _owned():
-        for name, value in facts.items():
-            store.storage.set_trial_user_attr(claimed.trial_id, name, value)
+        _write(store, claimed, facts)
+
+
+def _write(store: Store, claimed: Claim, facts: Mapping[str, Any]) -> None:
+    if store.remote:
+        for name, fact in facts.items():
+            store.storage.set_trial_user_attr(claimed.trial_id, name, fact)
+        return
+    with store.writing() as connection:
+        tables.write_facts(connection, claimed.trial_id, facts)
 
 
 def finish(
@@ -286,10 +276,15 @@ def finish(
             return
         if not _is_mine(frozen, claimed):
             raise TrialLostError
-        for name, value in {**(facts or {}), attr.OUTCOME: str(outcome)}.items():
-            if isinstance(value, str):
-                value = value[-_ERROR_CHARACTERS:]
-            store.storage.set_trial_user_attr(claimed.trial_id, name, value)
+        all_facts = {**(facts or {}), attr.OUTCOME: str(outcome)}
+        _write(
+            store,
+            claimed,
+            {
+                name: fact[-_ERROR_CHARACTERS:] if isinstance(fact, str) else fact
+                for name, fact in all_facts.items()
+            },
+        )
         told = list(values) if ends_as == "complete" else None
         study.tell(frozen.number, told, state=_STATES[ends_as])
 
@@ -323,12 +318,27 @@ def remember_run(store: Store, study_name: str, origin: int, run_id: str) -> Non
     """
     with reaching(store.url):
         study_id = store.storage.get_study_id_from_name(study_name)
-        for trial in store.storage.get_all_trials(
-            study_id, deepcopy=False, states=(TrialState.RUNNING,)
-        ):
-            if trial.user_attrs.get(attr.ORIGIN, trial.number) == origin:
+        for trial_id, began_as in _running(store, study_id):
+            if began_as == origin:
                 with contextlib.suppress(UpdateFinishedTrialError):
-                    store.storage.set_trial_user_attr(trial._trial_id, attr.RUN_ID, run_id)
+                    store.storage.set_trial_user_attr(trial_id, attr.RUN_ID, run_id)
+
+
+def _running(store: Store, study_id: int) -> list[tuple[int, int]]:
+    """Id and origin of every running trial."""
+    if store.remote:
+        trials = store.storage.get_all_trials(study_id, deepcopy=False, states=[TrialState.RUNNING])
+        return [(t._trial_id, t.user_attrs.get(attr.ORIGIN, t.number)) for t in trials]
+    query = (
+        sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.number, FACTS.c.value_json)
+        .outerjoin(FACTS, (FACTS.c.trial_id == TRIALS.c.trial_id) & (FACTS.c.key == attr.ORIGIN))
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.RUNNING)
+    )
+    with store.reading() as connection:
+        return [
+            (trial_id, number if origin is None else json.loads(origin))
+            for trial_id, number, origin in connection.execute(query)
+        ]
 
 
 class _owned:  # noqa: N801 - reads as what it is, a context

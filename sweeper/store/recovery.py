@@ -7,19 +7,21 @@ compare-and-set, and successors are added under the store's lock.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 
 import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from sweeper.errors import StoreUnreachableError
 from sweeper.store import attributes as attr
+from sweeper.store import tables
 from sweeper.store.attributes import Outcome
 from sweeper.store.database import Store, reaching
+from sweeper.store.tables import BEATS, FACTS, TRIALS
 from sweeper.study.spec import Faults, StudySpec
 
 
@@ -68,28 +70,35 @@ class Lookout:
 def lose_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
     """End the running trials of a worker that is known to be dead; their numbers."""
     with reaching(store.url):
-        running = store.storage.get_all_trials(
-            study_id, deepcopy=False, states=(TrialState.RUNNING,)
-        )
-        return [
-            trial.number
-            for trial in running
-            if trial.user_attrs.get(attr.WORKER) == worker and _lose(store, trial._trial_id)
-        ]
+        running = _running_of(store, study_id, worker)
+        return [number for trial_id, number in running.items() if _lose(store, trial_id)]
 
 
 def return_trials_of(store: Store, study_id: int, worker: str) -> list[int]:
     """Put the running trials of a worker that was ended on purpose back; their numbers."""
     returned = []
     with reaching(store.url):
-        for trial in store.storage.get_all_trials(
-            study_id, deepcopy=False, states=(TrialState.RUNNING,)
-        ):
-            if trial.user_attrs.get(attr.WORKER) == worker:
-                with contextlib.suppress(UpdateFinishedTrialError):
-                    store.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-                    returned.append(trial.number)
+        for trial_id, number in _running_of(store, study_id, worker).items():
+            with contextlib.suppress(UpdateFinishedTrialError):
+                store.storage.set_trial_state_values(trial_id, TrialState.WAITING)
+                returned.append(number)
     return returned
+
+
+def _running_of(store: Store, study_id: int, worker: str) -> dict[int, int]:
+    """The trials that a worker has: id → number."""
+    query = (
+        sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.number)
+        .join(FACTS, FACTS.c.trial_id == TRIALS.c.trial_id)
+        .where(
+            TRIALS.c.study_id == study_id,
+            TRIALS.c.state == TrialState.RUNNING,
+            FACTS.c.key == attr.WORKER,
+            FACTS.c.value_json == json.dumps(worker),
+        )
+    )
+    with store.reading() as connection:
+        return dict(connection.execute(query))
 
 
 def _lose(store: Store, trial_id: int) -> bool:
@@ -102,13 +111,12 @@ def _lose(store: Store, trial_id: int) -> bool:
 
 def _silent_ids(store: Store, study_id: int, lost_after_s: float) -> list[int]:
     """Running trials without a beat for ``lost_after_s``, by the database's own clock."""
-    trial, beats = models.TrialModel, models.TrialHeartbeatModel
     query = (
-        sqlalchemy.select(trial.trial_id, beats.heartbeat)
-        .join(beats, beats.trial_id == trial.trial_id)
-        .where(trial.study_id == study_id, trial.state == TrialState.RUNNING)
+        sqlalchemy.select(TRIALS.c.trial_id, BEATS.c.heartbeat)
+        .join(BEATS, BEATS.c.trial_id == TRIALS.c.trial_id)
+        .where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.RUNNING)
     )
-    with store.backend.engine.connect() as connection:
+    with store.reading() as connection:
         now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
         now = now.replace(tzinfo=None)
         return [
@@ -138,10 +146,9 @@ def reconcile(store: Store, study_id: int, spec: StudySpec) -> list[int]:
     them. So nothing relies on the moment: whoever calls this next finds what is missing. Call it
     under :meth:`Store.exclusively`, which keeps two controllers from adding two successors.
     """
-    with reaching(store.url):
-        found = due(spec, store.storage.get_all_trials(study_id, deepcopy=False))
-        for trial in found:
-            store.storage.create_new_trial(study_id, _successor(trial))
+    with store.writing() as connection:
+        found = tables.read(connection, due_ids(connection, study_id, spec).values())
+        tables.insert(connection, study_id, [_successor(trial) for trial in found])
     return [trial.number for trial in found]
 
 
@@ -158,13 +165,50 @@ def tries(spec: StudySpec, outcome: Outcome | str | None) -> int:
 
 
 def due(spec: StudySpec, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that ended and are to be tried again, and have no successor yet."""
+    """Of all trials of a study: those to be tried again that have no successor yet."""
     return [
         trial
         for trial in current(trials)
         if trial.state is TrialState.FAIL
         and _failures(trial) < tries(spec, trial.user_attrs.get(attr.OUTCOME))
     ]
+
+
+def due_ids(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> dict[int, int]:
+    """As :func:`due`, from the database: number → id. Reads failed trials only."""
+    tried_again = {str(outcome): tries(spec, outcome) for outcome in Outcome}
+    outcomes = [json.dumps(outcome) for outcome, times in tried_again.items() if times]
+    before = sqlalchemy.alias(FACTS)
+    query = (
+        sqlalchemy.select(
+            TRIALS.c.number, TRIALS.c.trial_id, FACTS.c.value_json, before.c.value_json
+        )
+        .join(FACTS, FACTS.c.trial_id == TRIALS.c.trial_id)
+        .outerjoin(
+            before,
+            (before.c.trial_id == TRIALS.c.trial_id) & (before.c.key == attr.FAILURES),
+        )
+        .where(
+            TRIALS.c.study_id == study_id,
+            TRIALS.c.state == TrialState.FAIL,
+            FACTS.c.key == attr.OUTCOME,
+            FACTS.c.value_json.in_(outcomes),
+        )
+    )
+    failed = connection.execute(query).all()
+    gone = replaced(connection, study_id) if failed else set()
+    return {
+        number: trial_id
+        for number, trial_id, outcome, failures in failed
+        if number not in gone
+        and json.loads(failures or "{}").get(json.loads(outcome), 0)
+        < tried_again[json.loads(outcome)]
+    }
+
+
+def replaced(connection: sqlalchemy.Connection, study_id: int) -> set[int]:
+    """As :func:`superseded`, from the database."""
+    return set(tables.facts(connection, study_id, attr.RETRY_OF).values())
 
 
 def _failures(trial: FrozenTrial) -> int:
@@ -195,12 +239,16 @@ def retry(store: Store, study_id: int) -> list[int]:
 
     What ``sweeper retry`` does. Call it under :meth:`Store.exclusively`.
     """
-    with reaching(store.url):
-        trials = store.storage.get_all_trials(study_id, deepcopy=False)
-        failed = [trial for trial in current(trials) if trial.state is TrialState.FAIL]
-        for trial in failed:
-            successor = _successor(trial)
+    query = sqlalchemy.select(TRIALS.c.trial_id).where(
+        TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL
+    )
+    with store.writing() as connection:
+        gone = replaced(connection, study_id)
+        ids = connection.execute(query).scalars().all()
+        failed = [trial for trial in tables.read(connection, ids) if trial.number not in gone]
+        successors = [_successor(trial) for trial in failed]
+        for successor in successors:
             successor.set_user_attr(attr.ATTEMPT, 1)
             successor.set_user_attr(attr.FAILURES, {})
-            store.storage.create_new_trial(study_id, successor)
+        tables.insert(connection, study_id, successors)
     return [trial.number for trial in failed]

@@ -14,9 +14,8 @@ from pydantic import ValidationError
 from sweeper.config import TrialConfig
 from sweeper.space import contains, grid
 from sweeper.store import attributes as attr
-from sweeper.store import sampling
-from sweeper.store.database import Store, reaching
-from sweeper.store.recovery import current
+from sweeper.store import recovery, sampling, tables
+from sweeper.store.database import Store
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 
@@ -78,17 +77,17 @@ def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]
 
     Call it under :meth:`Store.exclusively`.
     """
-    enqueued = 0
-    with reaching(store.url):
-        trials = current(store.storage.get_all_trials(study_id, deepcopy=False))
-        have = Counter(trial.user_attrs.get(attr.TICKET) for trial in trials)
+    with store.writing() as connection:
+        replaced = recovery.replaced(connection, study_id)
+        known = tables.facts(connection, study_id, attr.TICKET)
+        have = Counter(key for number, key in known.items() if number not in replaced)
+        lacking = []
         for ticket in planned:
             if have[ticket.key] > 0:
                 have[ticket.key] -= 1
-                continue
-            store.storage.create_new_trial(study_id, _waiting(spec, ticket))
-            enqueued += 1
-    return enqueued
+            else:
+                lacking.append(_waiting(spec, ticket))
+        return len(tables.insert(connection, study_id, lacking))
 
 
 def _waiting(spec: StudySpec, ticket: Ticket) -> FrozenTrial:

@@ -21,7 +21,7 @@ from sweeper.study.spec import Objective, StudySpec
 STATES = ("complete", "pruned", "failed", "running", "waiting")
 """The states of the trials that count, in the order in which they are shown."""
 
-_STATE = {
+STATE = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -136,13 +136,14 @@ def standing(store: Store, study: StoredStudy) -> Standing:
 
 def rows(spec: StudySpec, trials: Sequence[FrozenTrial]) -> tuple[TrialRow, ...]:
     """One row a trial."""
-    states = {trial.number: _STATE[trial.state] for trial in trials}
+    states = {trial.number: STATE[trial.state] for trial in trials}
     states |= dict.fromkeys(superseded(trials), "retried")
     states |= {trial.number: "waiting" for trial in due(spec, trials)}
-    return tuple(_row(spec, trial, states[trial.number]) for trial in trials)
+    return tuple(row_of(spec, trial, states[trial.number]) for trial in trials)
 
 
-def _row(spec: StudySpec, trial: FrozenTrial, state: str) -> TrialRow:
+def row_of(spec: StudySpec, trial: FrozenTrial, state: str) -> TrialRow:
+    """The row of one trial, which stands as ``state`` in its study."""
     known = trial.user_attrs
     began, over = trial.datetime_start, trial.datetime_complete
     seconds = known.get(attr.SECONDS)
