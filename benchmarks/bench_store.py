@@ -2,8 +2,9 @@
 
 For each database, each length of history and each number of worker processes: every worker claims
 trials, draws their parameters (TPE, six parameters), reports epochs and ends them, as `sweeper
-worker` does, without training in between. Printed: milliseconds of each call (median, and the 95th
-percentile), trials and claims a second over all workers, and what one look at the study costs.
+worker` does, without training in between. Printed: milliseconds of each call (median and 95th
+percentile of wall time, median of CPU time of the process), trials and claims a second over all
+workers, and what one look at the study costs. On a busy machine compare the CPU times.
 
     python benchmarks/bench_store.py             # minutes
     python benchmarks/bench_store.py --quick     # seconds: SQLite, short histories, two workers
@@ -68,7 +69,8 @@ STUDY: dict[str, Any] = {
     },
 }
 EPOCHS = 30
-Spent = dict[str, list[float]]
+Spent = dict[str, list[tuple[float, float]]]
+"""Milliseconds of wall and of CPU time of every call, by what it was."""
 
 
 def spec_of(name: str, trials: int) -> StudySpec:
@@ -126,7 +128,7 @@ def history(spec: StudySpec, trials: int) -> list[FrozenTrial]:
 
 
 def seeded(store: Store, name: str, trials: int, waiting: int) -> tuple[StoredStudy, float]:
-    """A study with a history and ``waiting`` trials; and the seconds that enqueueing took."""
+    """A study with a history and ``waiting`` trials; the seconds of CPU that enqueueing took."""
     spec = spec_of(name, trials + waiting)
     with store.exclusively():
         study = studies.create(store, spec)
@@ -134,10 +136,10 @@ def seeded(store: Store, name: str, trials: int, waiting: int) -> tuple[StoredSt
             raise SystemExit(f"{name} is there already")
         with store.backend.engine.begin() as connection:
             tables.insert(connection, study.id, history(spec, trials))
-        began = time.perf_counter()
+        began = time.process_time()
         planned = tickets.tickets(spec, with_reference=False)
         added = tickets.fill(store, study.id, spec, planned)
-        took = time.perf_counter() - began
+        took = time.process_time() - began
     if added != waiting:
         raise SystemExit(f"{waiting} trials must be waiting, but {added} were enqueued")
     return study, took
@@ -145,9 +147,10 @@ def seeded(store: Store, name: str, trials: int, waiting: int) -> tuple[StoredSt
 
 @contextmanager
 def timed(spent: Spent, what: str) -> Iterator[None]:
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     yield
-    spent[what].append((time.perf_counter() - began) * 1000)
+    cpu_ms = (time.process_time() - began_cpu) * 1000
+    spent[what].append(((time.perf_counter() - began) * 1000, cpu_ms))
 
 
 def work(
@@ -217,11 +220,11 @@ def together(count: int, target: Callable[..., None], *arguments: Any) -> list[A
     return found
 
 
-def figures(values: list[float]) -> str:
-    if not values:
-        return "–"
-    high = sorted(values)[min(len(values) - 1, int(0.95 * len(values)))]
-    return f"{statistics.median(values):.1f} / {high:.1f}"
+def figures(values: list[tuple[float, float]]) -> str:
+    walls = sorted(wall for wall, _ in values)
+    high = walls[min(len(walls) - 1, int(0.95 * len(walls)))]
+    cpu = statistics.median(cpu for _, cpu in values)
+    return f"{statistics.median(walls):.1f} / {high:.1f} / {cpu:.1f}"
 
 
 def measure_workers(url: str, trials: int, workers: int, share: int, epochs: int) -> dict[str, Any]:
@@ -264,24 +267,24 @@ began = time.perf_counter()
 from sweeper.cli.show import status
 from sweeper.store import open_store, studies
 import rich.table, sweeper.cli.printing
-imported = time.perf_counter()
+imported, imported_cpu = time.perf_counter(), time.process_time()
 status(study=sys.argv[2], store=sys.argv[1], json_=True)
-print(imported - began, time.perf_counter() - imported, file=sys.stderr)
+own, own_cpu = time.perf_counter() - imported, time.process_time() - imported_cpu
+print(imported - began, own, own_cpu, file=sys.stderr)
 """
 
 
-def look(url: str, name: str, times: int) -> tuple[list[float], list[float]]:
-    """Seconds of imports, and of its own work, of `sweeper status STUDY` in new processes."""
-    imports, own = [], []
+def look(url: str, name: str, times: int) -> str:
+    """What `sweeper status STUDY` costs in new processes: imports, and its own work."""
+    found: list[list[float]] = []
     for _ in range(times):
         said = subprocess.run(
             [sys.executable, "-c", LOOK, url, name], capture_output=True, text=True, check=True
         )
-        first, second = said.stderr.strip().splitlines()[-1].split()
-        imports.append(float(first))
-        own.append(float(second))
+        found.append([float(part) for part in said.stderr.strip().splitlines()[-1].split()])
         json.loads(said.stdout)
-    return imports, own
+    imports, own, cpu = (spread([each[place] for each in found]) for place in range(3))
+    return f"own work {own}, of CPU {cpu}; imports {imports}"
 
 
 @contextmanager
@@ -317,9 +320,7 @@ def main() -> None:
         "--claims", type=int, default=320, help="trials claimed for claims a second"
     )
     parser.add_argument("--looks", type=int, default=3, help="repetitions of `sweeper status`")
-    parser.add_argument(
-        "--enqueue", type=int, default=1000, help="trials waiting at a status"
-    )
+    parser.add_argument("--enqueue", type=int, default=1000, help="trials waiting at a status")
     parser.add_argument("--quick", action="store_true", help="a form that takes seconds")
     options = parser.parse_args()
     if options.quick:
@@ -328,7 +329,7 @@ def main() -> None:
         options.enqueue = 50
     print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}; {versions()}")
     print(f"{datetime.now():%Y-%m-%d}, load average {os.getloadavg()[0]:.1f}")
-    print("median / 95th percentile, milliseconds")
+    print("milliseconds: wall time, median / 95th percentile / CPU time, median")
     with databases(options.databases) as urls:
         for kind, url in urls.items():
             for trials in options.trials:
@@ -353,10 +354,10 @@ def measure(kind: str, url: str, trials: int, options: argparse.Namespace) -> No
     name = f"l{uuid.uuid4().hex[:8]}"
     _, enqueue_s = seeded(store, name, trials, options.enqueue)
     store.close()
-    imports, own = look(url, name, options.looks)
+    said = look(url, name, options.looks)
     print(
-        f"{kind} history {trials}: enqueueing {options.enqueue} trials took {enqueue_s:.2f} s; "
-        f"status of them all: own work {spread(own)}, imports {spread(imports)}",
+        f"{kind} history {trials}: enqueueing {options.enqueue} trials took {enqueue_s:.2f} s of "
+        f"CPU; status of them all: {said}",
         flush=True,
     )
 

@@ -31,14 +31,15 @@ from sweeper.settings import LAUNCHER_VARIABLE, Settings, login_variables, maske
 from sweeper.store import (
     Control,
     Outcome,
-    Standing,
+    Progress,
     Store,
     StoredStudy,
+    progress,
     recovery,
-    standing,
     studies,
     tickets,
 )
+from sweeper.store.glance import failed_rows
 from sweeper.study.diff import Change, changes
 from sweeper.study.spec import StudySpec
 
@@ -179,6 +180,7 @@ class Sweep:
     _buried: set[str] = field(default_factory=set)
     _deaths: QuickDeaths = field(default_factory=QuickDeaths)
     _looked: float = 0.0
+    _seen: Progress | None = None
     _lookout: recovery.Lookout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,19 +203,22 @@ class Sweep:
             logs=self.settings.logs(self.study.name),
         )
 
-    def start(self) -> None:
+    def start(self) -> Progress:
         """Start as many workers as there is work for, beside those of an earlier launch."""
-        now = standing(self.store, self.study)
+        self._seen = now = progress(self.store, self.study)
         missing = min(self.workers, now.budget - now.ended) - len(self.alive)
         if missing > 0:
             self.launcher.start(self.job, missing)
+        return now
 
     @property
     def alive(self) -> list[Process]:
         return [process for process in self.launcher.processes() if process.exit_code is None]
 
-    def tick(self) -> Standing:
+    def tick(self) -> Progress:
         """Look once: bury dead workers, requeue lost trials, replace who is missing.
+
+        What it returns has the trials that ended since the look before as ``news``.
 
         Raises:
             UsageError: a worker found that no trial can run (data, packages).
@@ -227,12 +232,13 @@ class Sweep:
         if time.monotonic() - self._looked > min(10.0, lost_after_s / 3):
             self._looked = time.monotonic()
             self._lookout.reap(self.store, self.study.id)
-        now = standing(self.store, self.study)
+        now = progress(self.store, self.study, since=self._seen)
         if now.due:
             with self.store.exclusively():
                 recovery.reconcile(self.store, self.study.id, self.study.spec)
-            now = standing(self.store, self.study)
-        stop_if_all_alike(now)
+            now = progress(self.store, self.study, since=self._seen)
+        self._seen = now
+        stop_if_all_alike(self.store, self.study, now)
         if not self.stopping and not now.over:
             work = now.budget - now.ended
             missing = min(self.workers, work) - len(self.alive)
@@ -317,19 +323,19 @@ def _is_this_machine(host: str | None) -> bool:
         return False
 
 
-def stop_if_all_alike(now: Standing) -> None:
+def stop_if_all_alike(store: Store, study: StoredStudy, now: Progress) -> None:
     """Raise WorkersFailedError where the first trials all failed with one message.
 
     The rest would fail as well.
     """
-    ended = [row for row in now.rows if row.state in {"complete", "pruned", "failed"}]
-    if len(ended) < _ALIKE:
+    if now.counts["complete"] or now.counts["pruned"] or now.ended < _ALIKE:
         return
+    ended = failed_rows(store, study)
     if any(row.outcome not in {Outcome.CRASHED, Outcome.INVALID} for row in ended):
         return
     reasons = Counter(((row.error or "").strip().splitlines() or [""])[-1] for row in ended)
-    _, count = reasons.most_common(1)[0]
-    if count == len(ended):
+    count = max(reasons.values(), default=0)
+    if count >= _ALIKE and count == len(ended):
         where = "\n".join((ended[0].error or "").strip().splitlines()[-5:])
         raise WorkersFailedError(
             f"the first {count} trials of {now.spec.name!r} all failed in the same way:\n"

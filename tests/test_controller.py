@@ -254,7 +254,7 @@ def test_a_dead_workers_trial_is_tried_again_once(
     for _ in range(3):
         now = found.tick()
     assert now.counts["retried"] == 1
-    assert (now.budget, len(now.rows)) == (12, 13)
+    assert (now.budget, len(standing(store, found.study).rows)) == (12, 13)
 
 
 # --- two controllers

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sweeper.cli.view import View
     from sweeper.controller import Prepared, Sweep
     from sweeper.launchers import Launcher, LauncherName
-    from sweeper.store import Standing, Store, StoredStudy
+    from sweeper.store import Progress, Standing, Store, StoredStudy
     from sweeper.study.spec import StudySpec
     from sweeper.tracking import TrackingService
 
@@ -191,7 +191,7 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     """One study, from its spec to its result."""
     from sweeper.cli.view import view
     from sweeper.controller import prepare
-    from sweeper.store import open_store, standing
+    from sweeper.store import open_store, progress, standing
     from sweeper.tracking import TrackingService
 
     began = time.monotonic()
@@ -208,9 +208,9 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
         finally:
             _leave(sweep)
         if interrupts.count:
-            _say_interrupted(spec, standing(opened, prepared.study))
+            _say_interrupted(spec, progress(opened, prepared.study))
             raise typer.Exit(130)
-        if standing(opened, prepared.study).over:
+        if progress(opened, prepared.study).over:
             sweep.clean_up()
         report = _publish(opened, prepared.study, settings, service)
         experiment_id = service.experiment_id(spec.name)
@@ -227,7 +227,7 @@ def _publish(
     """Finish the study, and say what of it went wrong; where the page is, or None."""
     from sweeper.cli.reporting import saying
     from sweeper.service.finish import Finishing
-    from sweeper.store import standing, studies
+    from sweeper.store import progress, studies
 
     with saying() as say, opened.alone(study.id, timeout_s=_OTHERS_S):
         finishing = Finishing(
@@ -240,18 +240,15 @@ def _publish(
         )
         finished = finishing.finish(study)
         if not finished.problem:
-            studies.remember_finished(opened, study.id, standing(opened, study).counts)
+            studies.remember_finished(opened, study.id, progress(opened, study).counts)
     return finished.page
 
 
 def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:
     """Look after the sweep until it is over, interrupted, or stopped from elsewhere."""
     from sweeper.controller import Outage
-    from sweeper.store import standing
 
-    now = standing(sweep.store, sweep.study)
-    if not now.over:
-        sweep.start()
+    now = sweep.start()
     away = Outage()
     while True:
         note = service.look_after()
@@ -273,11 +270,11 @@ def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: Tracking
 
 def _leave(sweep: Sweep) -> None:
     """Wait for workers that are about to end, and leave none behind."""
-    from sweeper.store import standing
+    from sweeper.store import progress
 
     began = time.monotonic()
     try:
-        over = standing(sweep.store, sweep.study).over
+        over = progress(sweep.store, sweep.study).over
         while over and sweep.alive and (waited_s := time.monotonic() - began) < _LEAVE_S:
             if waited_s > _LINGER_S and not sweep.stopping:
                 sweep.stop()
@@ -287,7 +284,7 @@ def _leave(sweep: Sweep) -> None:
             sweep.stop(now=True)
 
 
-def _say_interrupted(spec: StudySpec, now: Standing) -> None:
+def _say_interrupted(spec: StudySpec, now: Progress) -> None:
     sys.stderr.write(
         f"interrupted with {now.ended} of {now.budget} trials of {spec.name} ended; "
         "launch it again to go on\n"

@@ -25,11 +25,11 @@ def status(
 ) -> None:
     """Show how studies stand: trials by state, the best so far."""
     from sweeper.cli.printing import number, out, print_json
-    from sweeper.store import Control, open_store, standing, studies
+    from sweeper.store import Control, open_store, progress, studies
 
     opened = open_store(_settings(store, home).store_url)
     loaded = [studies.load(opened, name) for name in ([study] if study else studies.names(opened))]
-    found = [standing(opened, each) for each in loaded]
+    found = [progress(opened, each) for each in loaded]
     asked = [studies.asked(opened, each.id) for each in loaded]
     if json_:
         print_json(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sweeper.cli.printing import STATE_STYLE, duration, err, number, text
 from sweeper.settings import masked
-from sweeper.store import Standing, TrialRow
+from sweeper.store import Progress, TrialRow
 from sweeper.store.view import STATES
 
 _RUNNING_SHOWN = 16
@@ -34,7 +34,7 @@ class View(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def show(self, now: Standing, workers: int, note: str = "") -> None:
+    def show(self, now: Progress, workers: int, note: str = "") -> None:
         """Show ``now``; ``note`` is a line for the person who waits."""
 
 
@@ -44,16 +44,11 @@ def view(tracking: Callable[[], str | None]) -> View:
     return _LiveView(console, tracking) if console.is_terminal else _PlainView(console)
 
 
-def left_s(now: Standing, workers: int) -> float | None:
+def left_s(now: Progress, workers: int) -> float | None:
     """Seconds until the sweep is over, from the mean of the trials that ended; None before."""
-    ended = [
-        row.seconds
-        for row in now.rows
-        if row.state in {"complete", "pruned", "failed"} and row.seconds is not None
-    ]
-    if not ended or not workers:
+    if now.mean_seconds is None or not workers:
         return None
-    return sum(ended) / len(ended) * (now.budget - now.ended) / min(workers, now.budget)
+    return now.mean_seconds * (now.budget - now.ended) / min(workers, now.budget)
 
 
 class _LiveView:
@@ -74,10 +69,10 @@ class _LiveView:
     ) -> None:
         self._live.__exit__(kind, error, trace)
 
-    def show(self, now: Standing, workers: int, note: str = "") -> None:
+    def show(self, now: Progress, workers: int, note: str = "") -> None:
         self._live.update(self._render(now, workers, note))
 
-    def _render(self, now: Standing, workers: int, note: str) -> Group:
+    def _render(self, now: Progress, workers: int, note: str) -> Group:
         counts = now.counts
         head = Text.assemble(
             (now.spec.name, "bold"), f"  {now.ended}/{now.budget} trials, {workers} workers"
@@ -108,14 +103,14 @@ class _LiveView:
         return masked(address) if address else "starting"
 
 
-def _bar(now: Standing) -> Table:
+def _bar(now: Progress) -> Table:
     """A progress bar on a line of its own, which a bare one is not."""
     grid = Table.grid()
     grid.add_row(ProgressBar(total=max(1, now.budget), completed=now.ended, width=60))
     return grid
 
 
-def _best(now: Standing) -> str:
+def _best(now: Progress) -> str:
     row = now.best
     if row is None:
         return ""
@@ -124,18 +119,17 @@ def _best(now: Standing) -> str:
     return f"best [bold green]{number(row.values[0])}[/] {metric} (#{row.number}: {chosen})"
 
 
-def _running(now: Standing) -> Table:
+def _running(now: Progress) -> Table:
     metric = now.spec.objective[0].metric
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("running", "epoch", metric, "worker"):
         table.add_column(column)
-    rows = [row for row in now.rows if row.state == "running"]
-    for row in rows[:_RUNNING_SHOWN]:
+    for row in now.running[:_RUNNING_SHOWN]:
         table.add_row(
             f"#{row.number}", str(row.epoch or 0), number(row.last_value), text(row.worker or "")
         )
-    if len(rows) > _RUNNING_SHOWN:
-        table.add_row(f"… and {len(rows) - _RUNNING_SHOWN} more")
+    if len(now.running) > _RUNNING_SHOWN:
+        table.add_row(f"… and {len(now.running) - _RUNNING_SHOWN} more")
     return table
 
 
@@ -144,7 +138,7 @@ class _PlainView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._told: set[int] | None = None
+        self._told: set[int] = set()
         self._last = time.monotonic()
         self._note = ""
 
@@ -159,11 +153,8 @@ class _PlainView:
     ) -> None:
         return None
 
-    def show(self, now: Standing, workers: int, note: str = "") -> None:
-        ended = [row for row in now.rows if row.state not in {"running", "waiting"}]
-        if self._told is None:  # what ended before this sweep was told before
-            self._told = {row.number for row in ended}
-        for row in ended:
+    def show(self, now: Progress, workers: int, note: str = "") -> None:
+        for row in now.news:  # shown again while the store is away
             if row.number not in self._told:
                 self._told.add(row.number)
                 self._say(_ended_line(now, row))
@@ -182,12 +173,12 @@ class _PlainView:
         self._console.print(line, markup=False)
 
 
-def _ended_line(now: Standing, row: TrialRow) -> str:
+def _ended_line(now: Progress, row: TrialRow) -> str:
     metric = now.spec.objective[0].metric
     value = row.values[0] if row.values else row.last_value
     state = row.outcome or row.state
     line = f"trial {row.number}: {state}"
-    if row.state == "retried":
+    if row.state in {"retried", "waiting"}:
         return f"{line}; it is tried again"
     if value is not None:
         line += f", {metric} {number(value)}"

@@ -22,12 +22,12 @@ from sweeper.service.finish import Finishing
 from sweeper.settings import Settings
 from sweeper.store import (
     Control,
-    Standing,
+    Progress,
     Store,
     StoredStudy,
     overview,
+    progress,
     recovery,
-    standing,
     studies,
     workers,
 )
@@ -90,7 +90,7 @@ class Watch:
         elif self._seen.get(study.id) == tally and not _may_end(tally):
             return
         self._seen[study.id] = tally
-        now = standing(self.store, study)
+        now = progress(self.store, study)
         if now.due:
             with self.store.exclusively():
                 retried = recovery.reconcile(self.store, study.id, study.spec)
@@ -107,11 +107,11 @@ class Watch:
             self._known[tally.study_id] = (time.monotonic(), known)
         return known
 
-    def _stop_if_hopeless(self, study: StoredStudy, now: Standing, control: Control) -> None:
+    def _stop_if_hopeless(self, study: StoredStudy, now: Progress, control: Control) -> None:
         if control is not Control.RUN:
             return
         try:
-            stop_if_all_alike(now)
+            stop_if_all_alike(self.store, study, now)
         except WorkersFailedError as error:
             _log.error("%s", error)
             studies.ask(self.store, study.id, Control.STOP, why=str(error))
@@ -122,7 +122,7 @@ class Watch:
             if not mine:
                 return True
             with self.store.exclusively():  # whoever enqueues trials just now is through then
-                now = standing(self.store, study)
+                now = progress(self.store, study)
                 control = studies.control(self.store, study.id)
             if not _is_over(now, control) or studies.finished(self.store, study.id, now.counts):
                 return True
@@ -202,7 +202,7 @@ def _may_end(tally: Tally) -> bool:
     return not tally.busy or tally.control in _ENDING
 
 
-def _is_over(now: Standing, control: Control) -> bool:
+def _is_over(now: Progress, control: Control) -> bool:
     """Whether nothing more is to come: all trials ended, or it was stopped and none is running."""
     counts = now.counts
     ended = now.over or (control in _ENDING and not counts["running"])

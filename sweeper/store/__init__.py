@@ -2,13 +2,15 @@
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
 ``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
-draws points, ``view`` shows how a study stands, ``overview`` how all do, ``workers`` who works on
-them. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here and in
-``report`` only.
+draws points, ``glance`` counts how a study stands, ``view`` lists its trials, ``overview`` counts
+all studies, ``workers`` tells who works on them. ``tables`` and ``cache`` read and write Optuna's
+tables in bulk. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here
+and in ``report`` only.
 """
 
 from sweeper.store.attributes import Control, Outcome
 from sweeper.store.database import Store, open_store
+from sweeper.store.glance import Progress, progress
 from sweeper.store.queue import Claim
 from sweeper.store.studies import StoredStudy
 from sweeper.store.view import Standing, TrialRow, standing
@@ -17,10 +19,12 @@ __all__ = [
     "Claim",
     "Control",
     "Outcome",
+    "Progress",
     "Standing",
     "Store",
     "StoredStudy",
     "TrialRow",
     "open_store",
+    "progress",
     "standing",
 ]

@@ -98,7 +98,7 @@ def _running_of(store: Store, study_id: int, worker: str) -> dict[int, int]:
         )
     )
     with store.reading() as connection:
-        return dict(connection.execute(query))
+        return {row.trial_id: row.number for row in connection.execute(query)}
 
 
 def _lose(store: Store, trial_id: int) -> bool:
@@ -172,6 +172,12 @@ def due(spec: StudySpec, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         if trial.state is TrialState.FAIL
         and _failures(trial) < tries(spec, trial.user_attrs.get(attr.OUTCOME))
     ]
+
+
+def any_due(store: Store, study_id: int, spec: StudySpec) -> bool:
+    """Whether :func:`reconcile` would find anything to do."""
+    with store.reading() as connection:
+        return bool(due_ids(connection, study_id, spec))
 
 
 def due_ids(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> dict[int, int]:

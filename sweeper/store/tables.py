@@ -63,8 +63,8 @@ def insert(
     highest = connection.execute(last.where(TRIALS.c.study_id == study_id)).scalar()
     first = 0 if highest is None else highest + 1
     numbers = list(range(first, first + len(trials)))
-    added = connection.execute(
-        sqlalchemy.insert(TRIALS).returning(TRIALS.c.trial_id, sort_by_parameter_order=True),
+    connection.execute(
+        sqlalchemy.insert(TRIALS),
         [
             {
                 "number": number,
@@ -76,7 +76,9 @@ def insert(
             for number, trial in zip(numbers, trials, strict=True)
         ],
     )
-    pairs = list(zip(added.scalars(), trials, strict=True))
+    ids = sqlalchemy.select(TRIALS.c.trial_id).order_by(TRIALS.c.number)
+    ids = ids.where(TRIALS.c.study_id == study_id, TRIALS.c.number >= first)
+    pairs = list(zip(connection.execute(ids).scalars(), trials, strict=True))
     for table, rows in _details(pairs).items():
         if rows:
             connection.execute(sqlalchemy.insert(table), rows)

@@ -1,4 +1,4 @@
-"""What a study looks like from outside: counts by state, one row a trial, the best of them."""
+"""What a study looks like from outside, one row a trial. `sweeper.store.glance` only counts."""
 
 from __future__ import annotations
 

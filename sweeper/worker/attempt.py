@@ -19,8 +19,9 @@ from sweeper.config.model import Custom
 from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
 from sweeper.measurement import EPOCH_METRICS, Measurement, summary
 from sweeper.provenance import environment_tags
-from sweeper.store import Control, Outcome, StoredStudy, queue, recovery, standing
+from sweeper.store import Control, Outcome, StoredStudy, queue, recovery
 from sweeper.store import attributes as attr
+from sweeper.store.glance import best_value
 from sweeper.store.view import best_of, better
 from sweeper.tracking import RunStart
 from sweeper.worker.patience import GIVE_UP_S, patiently
@@ -350,9 +351,9 @@ class Attempt:
 
         objective = self.study.spec.objective[0]
         best = self._patiently(
-            lambda: standing(self.worker.store, self.study).best, "compare with other trials"
+            lambda: best_value(self.worker.store, self.study), "compare with other trials"
         )
-        if best is not None and not better(objective, self._values()[0], best.values[0]):
+        if best is not None and not better(objective, self._values()[0], best):
             return
         weights = training.best_weights()
         if not weights:

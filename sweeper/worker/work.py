@@ -23,9 +23,9 @@ from sweeper.store import (
     overview,
     queue,
     recovery,
-    standing,
     studies,
 )
+from sweeper.store.glance import is_over
 
 _log = logging.getLogger(__name__)
 _KNOWN_S: Final = 10.0
@@ -111,7 +111,7 @@ class Work:
         if claimed is not None:
             return study, claimed
         self._look_after(study)
-        return Rest.OVER if standing(self.store, study).over else Rest.WAIT
+        return Rest.OVER if is_over(self.store, study) else Rest.WAIT
 
     def _of_any(self) -> tuple[StoredStudy, queue.Claim] | Rest:
         for study in self._queued():
@@ -173,6 +173,6 @@ class Work:
             return
         lookout = self._lookouts.setdefault(study.id, recovery.Lookout(study.spec.faults))
         lookout.reap(self.store, study.id)
-        if recovery.due(study.spec, self.store.storage.get_all_trials(study.id, deepcopy=False)):
+        if recovery.any_due(self.store, study.id, study.spec):
             with self.store.exclusively():
                 recovery.reconcile(self.store, study.id, study.spec)
