@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,8 @@ from compose.file import EXAMPLE, FILE, ROOT, env_file, read
 from typer.main import get_command
 
 from sweeper.cli import app
+from sweeper.study.parse import load
+from sweeper.study.spec import Resources
 
 PAGE: Final = ROOT / "docs/cluster.md"
 PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,9 +72,16 @@ def test_calls_are_found() -> None:
 def test_a_command_can_be_typed(call: list[str]) -> None:
     command = COMMANDS[call[0]]
     command.make_context(call[0], list(call[1:]))  # raises on what it does not know
+    overrides = [word for before, word in pairwise(call) if before == "--set"]
     for word in call[1:]:
         if word.startswith("studies/"):
-            assert (ROOT / word).is_file()
+            load(ROOT / word, overrides if all("=" in each for each in overrides) else [])
+
+
+def test_the_piece_of_a_study_file_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.+?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    (resources,) = yaml.safe_load(block).values()
+    assert Resources.model_validate(resources).slurm.limit_s == 4 * 3600
 
 
 def test_a_wrong_option_is_found() -> None:
