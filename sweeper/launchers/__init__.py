@@ -28,10 +28,10 @@ LauncherName = Literal["local", "ray", "slurm"]
 
 LAUNCHERS: Final[Mapping[LauncherName, tuple[str, str]]] = {
     "local": ("sweeper.launchers.local", "LocalLauncher"),
-    "ray": ("sweeper.launchers.ray", "RayLauncher"),
+    "ray": ("sweeper.launchers.ray", "open_ray"),
     "slurm": ("sweeper.launchers.slurm", "SlurmLauncher"),
 }
-"""Module and class of each; the class is called with a :class:`Group`. Loaded when asked for."""
+"""Module and what makes one of each; it is called with a :class:`Group`. Loaded when asked for."""
 
 
 def open_launcher(name: LauncherName, group: Group) -> Launcher:

@@ -69,6 +69,7 @@ def ray_place(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     """The Ray cluster, without what the test left in it."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # this process has joined the one that is meant
     opened: list[Launcher] = []
 
     def open_(name: str) -> Launcher:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from launchers.test_contract import alive, all_here, eventually, job, process, s
 
 from sweeper.errors import MissingExtraError, OutOfReachError, UsageError
 from sweeper.launchers import open_launcher
+from sweeper.launchers.ray import lock
 from sweeper.settings import LAUNCHER_VARIABLE, WORKER_VARIABLE
 
 
@@ -68,40 +70,52 @@ def test_room_is_counted_by_gpus_or_else_by_cores(ray_place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "detached", "kind", "part"),
+    ("address", "detached", "part"),
     [
-        ("ray://head:10001", False, UsageError, "must be host:port"),
-        ("local", True, UsageError, "ray start --head"),
+        ("ray://head:10001", False, "must be host:port"),
+        ("local", True, "ray start --head"),
+        ("", True, "RAY_ADDRESS names none"),
     ],
 )
 def test_what_cannot_be_joined_is_told(
-    ray_cluster: None,
-    monkeypatch: pytest.MonkeyPatch,
-    address: str,
-    detached: bool,
-    kind: type[Exception],
-    part: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, detached: bool, part: str
 ) -> None:
-    from sweeper.launchers import ray
-
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(kind, match=part):
-        ray.connect(detached=detached)
+    with pytest.raises(UsageError, match=part):
+        open_launcher("ray", replace(group("any", tmp_path), detached=detached))
 
 
-def test_a_head_that_does_not_listen_is_out_of_reach(ray_cluster: None) -> None:
-    from sweeper.launchers import ray
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "no-port"])
+def test_a_head_that_does_not_listen_is_out_of_reach(ray_cluster: None, address: str) -> None:
+    from sweeper.launchers import ray_cluster as cluster
 
-    for address in ("127.0.0.1:1", "no-port"):
-        with pytest.raises(OutOfReachError, match=f"RAY_ADDRESS={address}"):
-            ray._knock(address)
+    with pytest.raises(OutOfReachError, match=f"RAY_ADDRESS={address}"):
+        cluster._knock(address)
+
+
+def test_a_cluster_of_our_own_has_a_token_unless_somebody_decided_otherwise() -> None:
+    first: dict[str, str] = {}
+    second: dict[str, str] = {}
+    lock(first)
+    lock(second)
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert len({first["RAY_AUTH_TOKEN"], second["RAY_AUTH_TOKEN"]}) == 2
+    for decided in (
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "known"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file"},
+    ):
+        after = dict(decided)
+        lock(after)
+        assert after == decided
 
 
 def test_without_the_package_its_name_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or a token would stay in this process
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "sweeper.launchers.ray", raising=False)
+    monkeypatch.delitem(sys.modules, "sweeper.launchers.ray_cluster", raising=False)
     with pytest.raises(MissingExtraError, match=r"pip install 'sweeper\[ray\]'"):
         open_launcher("ray", group("any", tmp_path))
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import urlopen
 
 import psutil
 import sqlalchemy
@@ -176,14 +177,21 @@ def mlflow(folder: Path, address: str, log: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "sweeper.tracking.serve"),
-                *("--database", folder / "mlflow.db", "--artifacts", folder / "artifacts"),
                 *("--socket", str(listener.fileno()), "--parent", str(os.getpid())),
             ],
+            env={**os.environ, **Settings.resolve(home=folder, environment={}).environment()},
             pass_fds=[listener.fileno()],
             stdout=stream,
             stderr=stream,
         )
+
+    def healthy() -> bool:
+        with contextlib.suppress(OSError), urlopen(f"http://{address}:{port}/health", timeout=5):
+            return True
+        return False
+
     try:
+        wait_for(healthy, f"MLflow answers (see {log})", _START_S)
         yield f"http://{address}:{port}"
     finally:
         _end(process)
@@ -320,7 +328,7 @@ class CutOff:
             url = stack.enter_context(
                 postgres(Path(tempfile.mkdtemp(prefix="pg")), here, folder / "postgres.log")
             )
-            uri = stack.enter_context(mlflow(folder, here, folder / "mlflow.log"))
+            uri = stack.enter_context(mlflow(folder / "mlflow", here, folder / "mlflow.log"))
             nodes = RayNodes(network, folder)
             stack.callback(nodes.close)
             for address, cpus in ((first, 2), (second, 1)):
