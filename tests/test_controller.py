@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeper import controller
-from sweeper.controller import Outage, QuickDeaths, Sweep, prepare
+from sweeper.controller import Outage, QuickDeaths, Sweep, prepare, refuse_if_out_of_reach
 from sweeper.errors import (
     OutOfReachError,
     StoreRefusedError,
@@ -355,3 +355,42 @@ def test_an_outage_is_borne_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_waiting_does_not_mend_is_not_waited_for() -> None:
     with pytest.raises(StoreRefusedError, match="disk is full"):
         Outage().goes_on(StoreRefusedError("the disk is full"))
+
+
+FAR = {
+    "SWEEPER_STORE": "postgresql+psycopg://db.example.org/s",
+    "MLFLOW_TRACKING_URI": "http://m:5000",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({}, "must reach the store"),
+        ({"SWEEPER_STORE": "postgresql+psycopg://me:geheim@localhost/s"}, "must reach the store"),
+        ({"SWEEPER_STORE": "postgresql+psycopg://127.0.0.2/s"}, "must reach the store"),
+        ({"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI is not set"),
+        ({"MLFLOW_TRACKING_URI": "http://u:geheim@127.0.0.1:5000"}, "must reach MLflow"),
+        ({"MLFLOW_TRACKING_URI": "sqlite:////x/mlflow.db"}, "must reach MLflow"),
+    ],
+)
+def test_workers_elsewhere_must_reach_store_and_tracker(
+    environment: dict[str, str], part: str
+) -> None:
+    """Those on this machine need nothing of the kind."""
+    settings = Settings.resolve(environment={**FAR, **environment} if environment else {})
+    with pytest.raises(UsageError, match=part) as caught:
+        refuse_if_out_of_reach(settings, Apparent(name="ray", elsewhere=True))
+    assert "geheim" not in str(caught.value)
+    refuse_if_out_of_reach(settings, Apparent())
+    refuse_if_out_of_reach(Settings.resolve(environment=FAR), Apparent(elsewhere=True))
+
+
+def test_only_a_worker_of_this_machine_is_tied_to_its_launch(
+    sweep: Callable[..., Sweep],
+) -> None:
+    here, there = sweep(), sweep()
+    there.launcher = Apparent(name="ray", elsewhere=True)
+    assert "--tied" in here.job.argv
+    assert "--tied" not in there.job.argv
+    assert there.job.environment["SWEEPER_LAUNCHER"] == "ray"
