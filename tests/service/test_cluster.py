@@ -87,6 +87,7 @@ def metrics(address: str) -> dict[tuple[str | None, ...], float]:
     }
 
 
+@pytest.mark.timeout(600)  # seven processes; machines for tests are slow
 def test_a_detached_study_is_trained_and_finished_once(cluster: Cluster) -> None:
     pytest.importorskip("grpc", reason="the extra grpc is not installed")
     os.environ.setdefault("no_proxy", "127.0.0.1")
