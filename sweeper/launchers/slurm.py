@@ -171,11 +171,11 @@ class SlurmLauncher:
         lives = lives_of(self._file(array, index, "lives"))
         task = self._tasks.get((array, index))
         log = str(self._file(array, index, "log"))
-        running = task is not None and task.running
+        begun = task is not None and task.begun
         goes_on = task is not None and not task.over
         for life in lives.begun:
             code = life.exit_code
-            if code is None and (life is not lives.begun[-1] or not running):
+            if code is None and (life is not lives.begun[-1] or not begun):
                 code = -9  # nobody was left to write down how it ended
             until = life.ended_s or time.time()
             yield Process(
@@ -187,9 +187,7 @@ class SlurmLauncher:
                 log=log,
                 host=life.host,
             )
-        if running and lives.living:
-            return
-        if lives.over and (task is None or task.leaving):
+        if begun and (lives.living or lives.over):
             return
         if goes_on or not lives.begun:
             failed = task is not None and task.state == "FAILED"  # its script did not even begin
@@ -198,7 +196,7 @@ class SlurmLauncher:
                 pid=None,
                 device=_place(task),
                 exit_code=None if goes_on else 1 if failed else -signal.SIGTERM,
-                lived_s=0.0 if failed else time.time() - since,
+                lived_s=0.0 if goes_on or failed else time.time() - since,
                 log=log,
                 host=task.node if task else "",
             )

@@ -3,8 +3,10 @@
 ::
 
     start NAME HOST PID DEVICE SECONDS
-    end NAME CODE SECONDS again|requeue|last
+    end NAME CODE SECONDS again|requeue|told|last
 
+The last word is what follows: another worker at once, or in the job that is queued again; nothing,
+because the worker was told to end, and what told it may queue the job again; or nothing at all.
 Names count on when the job is queued again. A worker without a line of its end either lives, or
 nobody was left to write one: its node failed, or SLURM killed the whole job.
 """
@@ -34,7 +36,7 @@ class Life:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lives:
-    """Every worker of one job, in order. ``over``: the last one's end was the job's end too."""
+    """Every worker of one job, in order. ``over``: no other is to come, unless SLURM wants one."""
 
     begun: Sequence[Life] = ()
     over: bool = False

@@ -30,6 +30,12 @@ _ENDS: Final = frozenset(
         *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
     }
 )
+_WAITS: Final = frozenset(
+    {
+        *("CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"),
+        *("RESV_DEL_HOLD", "SPECIAL_EXIT"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +58,9 @@ class Task:
         return self.state in _ENDS
 
     @property
-    def leaving(self) -> bool:
-        """Whether nothing but a queue's list holds it once its script has ended."""
-        return self.over or self.state in {"RUNNING", "COMPLETING"}
+    def begun(self) -> bool:
+        """Whether its script may be there now: it runs, is suspended, or has its time to end."""
+        return not self.over and self.state not in _WAITS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -207,9 +207,11 @@ def test_before_the_time_limit_and_after_a_preemption_the_job_is_queued_again(
     until(_here(opened, 2))
     near, taken = _alive(opened)
     job = "_".join(near.name.split("-")[1:3])
-    # What SLURM itself does so many seconds before the limit, and a node for somebody else.
-    slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
     slurm_cluster.preempt(taken.host)
+    until(lambda: "received 15" in opened.log(taken.name, 100))
+    assert len(_alive(opened)) == 2, "a job that is queued again lives on"
+    # What SLURM itself does so many seconds before the limit.
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: sorted(each.name[-2:] for each in _alive(opened) if each.pid) == ["-1", "-1"])
     until(_here(opened, 2))
     for before in (near, taken):
