@@ -168,6 +168,14 @@ class SlurmCluster:
         found = re.search(r"Restarts=(\d+)", self.run("scontrol", "show", "job", job))
         return int(found[1]) if found else 0
 
+    def runs_s(self, job: str) -> int:
+        """For how long a job (``JOB_INDEX``) has been running."""
+        found = re.search(r"RunTime=(\d+):(\d+):(\d+)", self.run("scontrol", "show", "job", job))
+        if found is None:
+            raise ValueError(f"{job} does not run")
+        hours, minutes, seconds = map(int, found.groups())
+        return (60 * hours + minutes) * 60 + seconds
+
     def preempt(self, node: str, seconds: float = 1) -> None:
         """Take ``node`` for a while for a job that preempts those of the partition ``low``."""
         options = ("--partition=high", f"--nodelist={node}", "--exclusive", "--output=/dev/null")

@@ -18,7 +18,7 @@ def test_a_study_goes_on_after_a_time_limit_and_a_preemption(
     pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
     home = tmp_path / "my home"
     home.mkdir()
-    plan = Plan(trials=8, epochs=32, time_min=10, lowered_to_min=1, requeue_s=5)
+    plan = Plan(trials=8, epochs=32, time_min=10, requeue_s=5, lowered=True)
     account = TwoNodes(home, slurm_cluster, plan).run()
     assert account.wrong == [], account.table()
     assert account.limits == 1, account.table()
