@@ -355,6 +355,10 @@ def _end(launch: subprocess.Popen[bytes]) -> None:
             launch.wait()
 
 
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Print the account; exit code 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -366,6 +370,7 @@ def main() -> None:
     asked = parser.parse_args()
     if lack := missing():
         sys.exit(lack)
+    signal.signal(signal.SIGTERM, _leave)  # what was started ends with this
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="two nodes "))
     folder.mkdir(exist_ok=True)
     plan = Plan(
