@@ -1,7 +1,7 @@
 """A study on two SLURM nodes whose jobs reach their time limit and are preempted.
 
-``scripts/time-limit`` runs it by hand and prints the account: with the cluster's own settings, where
-a job that is queued again waits two minutes, and a limit of three minutes. It takes about ten. The
+``scripts/time-limit`` runs it by hand and prints the account: with SLURM's own settings, by which a
+job that is queued again waits two minutes, and a limit of three minutes. It takes about ten. The
 short form, among the tests, lowers the limit of a job that runs. Both need root, slurm-wlm, munge
 and the wheel pgserver.
 """
