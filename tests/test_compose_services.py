@@ -81,7 +81,7 @@ class Outside:
         assert status == 200, body
         return json.loads(body)
 
-    def sweeper(self, *words: str) -> str:
+    def sweeper(self, *words: str, code: int = 0, **more: str) -> str:
         """Standard output of a command with nothing but the store's address and its password."""
         kept = {
             name: value
@@ -96,6 +96,7 @@ class Outside:
                 "PYTHONPATH": str(ROOT),
                 "SWEEPER_STORE": f"postgresql://sweeper@127.0.0.1:{self.ports[5432]}/sweeper",
                 "PGPASSWORD": self.secrets["SWEEPER_DB_PASSWORD"],
+                **more,
             },
             capture_output=True,
             text=True,
@@ -103,7 +104,7 @@ class Outside:
             check=False,
         )
         self.heard += done.stdout + done.stderr
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}{self.running.logs()}"
+        assert done.returncode == code, f"{words}: {done.stdout}{done.stderr}{self.running.logs()}"
         return done.stdout
 
     def metrics(self) -> dict[str, float]:
@@ -179,6 +180,21 @@ def test_mlflow_asks_for_a_password(outside: Outside) -> None:
     assert outside.get(5000, "/ajax-api/3.0/mlflow/assistant/config")[0] == 401
     assert outside.get(5000, "/api/2.0/mlflow-artifacts/artifacts")[0] == 401
     assert outside.get(5000, "/health")[0] == 200
+
+
+def test_a_wrong_password_is_not_told(outside: Outside) -> None:
+    wrong = "an outworn password"
+    said = outside.sweeper(
+        *("doctor", "--json"),
+        code=2,
+        MLFLOW_TRACKING_URI=f"http://127.0.0.1:{outside.ports[5000]}",
+        MLFLOW_TRACKING_USERNAME="sweeper",
+        MLFLOW_TRACKING_PASSWORD=wrong,
+    )
+    (finding,) = (each for each in json.loads(said) if each["subject"] == "mlflow")
+    assert finding["verdict"] == "bad"
+    assert "401" in finding["found"] or "not authenticated" in finding["found"].lower()
+    assert wrong not in outside.heard
 
 
 def test_mlflow_answers_to_its_own_names_only(outside: Outside) -> None:
