@@ -44,8 +44,10 @@ class Program:
     """Which operations an update has; a captured one is captured anew where this changes."""
 
     sgd: bool
+    momentum: bool
     nesterov: bool
     adam: bool
+    coupled: bool
     decoupled: bool
     clipped: bool
 
@@ -108,8 +110,13 @@ class CohortOptimizer:
         names = {each.name for each in self._configs}
         return Program(
             sgd=bool(names & {"sgd", "momentum", "nesterov"}),
+            momentum=any(
+                momentum_of(each) and each.name in {"momentum", "nesterov"}
+                for each in self._configs
+            ),
             nesterov="nesterov" in names,
             adam=bool(names & {"adam", "adamw"}),
+            coupled=any(each.weight_decay and each.name != "adamw" for each in self._configs),
             decoupled="adamw" in names,
             clipped=any(each.clip_norm is not None for each in self._configs),
         )
@@ -121,21 +128,16 @@ class CohortOptimizer:
         numbers.steps.add_(1)
         if program.clipped:
             gradient_KP = self._clipped(gradient_KP, layout)
-        gradient_KP = torch.addcmul(gradient_KP, weights_KP, self._coupled)
+        if program.coupled:
+            gradient_KP = torch.addcmul(gradient_KP, weights_KP, self._coupled)
         if program.decoupled:
             weights_KP.mul_(self._kept_share)
-        if not program.adam:
-            first_KP, moved_KP = self._sgd(numbers, gradient_KP)
+        if not program.sgd:
+            self._adam(numbers, gradient_KP)
+        elif not program.adam:
+            self._sgd(numbers, gradient_KP)
         else:
-            first_KP, second_KP, moved_KP = self._adam(numbers, gradient_KP)
-            if program.sgd:
-                other_first_KP, other_moved_KP = self._sgd(numbers, gradient_KP)
-                first_KP = torch.where(self._is_adam, first_KP, other_first_KP)
-                second_KP = torch.where(self._is_adam, second_KP, numbers.second)
-                moved_KP = torch.where(self._is_adam, moved_KP, other_moved_KP)
-            numbers.second.copy_(second_KP)
-        numbers.first.copy_(first_KP)
-        weights_KP.copy_(moved_KP)
+            self._either(numbers, gradient_KP)
 
     def _clipped(self, gradient_KP: Tensor, layout: Layout) -> Tensor:
         """``clip_grad_norm_`` of each member: the norm of its parameters' norms."""
@@ -146,30 +148,37 @@ class CohortOptimizer:
         share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
         return gradient_KP * torch.where(self._is_clipped, share_K1, torch.ones_like(share_K1))
 
-    def _sgd(self, numbers: Numbers, gradient_KP: Tensor) -> tuple[Tensor, Tensor]:
-        """Momentum and weights after the step. A momentum of zeros acts as none on the first."""
-        first_KP = numbers.first * self._momentum + gradient_KP
-        direction_KP = first_KP
+    def _sgd(self, numbers: Numbers, gradient_KP: Tensor) -> None:
+        """A momentum of zeros acts as none does on the first step."""
+        direction_KP = gradient_KP
+        if self.program.momentum:
+            direction_KP = numbers.first.mul_(self._momentum).add_(gradient_KP)
         if self.program.nesterov:
-            ahead_KP = torch.addcmul(gradient_KP, first_KP, self._momentum)
-            direction_KP = torch.where(self._is_nesterov, ahead_KP, first_KP)
-        return first_KP, torch.addcmul(numbers.weights, direction_KP, self._minus_lr)
+            ahead_KP = torch.addcmul(gradient_KP, direction_KP, self._momentum)
+            direction_KP = torch.where(self._is_nesterov, ahead_KP, direction_KP)
+        numbers.weights.addcmul_(direction_KP, self._minus_lr)
 
-    def _adam(self, numbers: Numbers, gradient_KP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both averages and the weights after the step."""
+    def _adam(self, numbers: Numbers, gradient_KP: Tensor) -> None:
         steps_K1 = numbers.steps[:, None]
-        correction1_K1 = 1 - self._beta1**steps_K1
-        correction2_K1 = 1 - self._beta2**steps_K1
         dtype = gradient_KP.dtype
-        minus_size_K1 = (-self._lr / correction1_K1).to(dtype)
-        root_K1 = correction2_K1.sqrt().to(dtype)
-        first_KP = torch.lerp(numbers.first, gradient_KP, self._one_less_beta1)
-        second_KP = torch.addcmul(
-            numbers.second * self._squares_kept, self._one_less_beta2 * gradient_KP, gradient_KP
-        )
-        denominator_KP = second_KP.sqrt() / root_K1 + self._eps
-        moved_KP = torch.addcdiv(numbers.weights, minus_size_K1 * first_KP, denominator_KP)
-        return first_KP, second_KP, moved_KP
+        minus_size_K1 = (-self._lr / (1 - self._beta1**steps_K1)).to(dtype)
+        root_K1 = (1 - self._beta2**steps_K1).sqrt().to(dtype)
+        numbers.first.lerp_(gradient_KP, self._one_less_beta1)
+        numbers.second.mul_(self._squares_kept)
+        numbers.second.addcmul_(self._one_less_beta2 * gradient_KP, gradient_KP)
+        denominator_KP = numbers.second.sqrt().div_(root_K1).add_(self._eps)
+        numbers.weights.addcdiv_(minus_size_K1 * numbers.first, denominator_KP)
+
+    def _either(self, numbers: Numbers, gradient_KP: Tensor) -> None:
+        """Every member by its own rule: both are worked out, and one is taken."""
+        other = numbers.copied()
+        self._sgd(other, gradient_KP)
+        second_KP = numbers.second.clone()
+        self._adam(numbers, gradient_KP)
+        numbers.weights.copy_(torch.where(self._is_adam, numbers.weights, other.weights))
+        if self.program.momentum:
+            numbers.first.copy_(torch.where(self._is_adam, numbers.first, other.first))
+        numbers.second.copy_(torch.where(self._is_adam, numbers.second, second_KP))
 
 
 def _fill(column_K1: Tensor, values: Sequence[float]) -> None:

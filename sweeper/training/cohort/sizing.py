@@ -122,17 +122,18 @@ def _seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: 
 
 @contextlib.contextmanager
 def _memory(device: torch.device) -> Iterator[list[float]]:
-    """A list that afterwards holds the share of the device's memory that was used at most."""
+    """A list that afterwards holds what was used at most, as a share of what was free before."""
     used = [0.0]
     if device.type != "cuda":
         yield used
         return
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = torch.cuda.memory_reserved(device)
+    free, _ = torch.cuda.mem_get_info(device)
     try:
         yield used
-        peak = torch.cuda.max_memory_reserved(device) - before
-        used[0] = peak / torch.cuda.get_device_properties(device).total_memory
+        used[0] = (torch.cuda.max_memory_reserved(device) - before) / max(1, free)
     finally:
         gc.collect()
         torch.cuda.empty_cache()
