@@ -71,7 +71,7 @@ MODELS: dict[str, tuple[DataShape, int, dict[str, Any]]] = {
     "cnn": (CIFAR, 64, {"name": "cnn"}),
     "resnet18": (CIFAR, 128, {"name": "resnet18"}),
 }
-QUICK = ("mlp", "mixer_p16", "mixer_r0")
+QUICK = ("mlp", "mixer_r0")
 
 
 def main() -> None:
@@ -203,7 +203,7 @@ def _options() -> argparse.Namespace:
     quick = options.quick
     options.models = options.models or list(QUICK if quick else MODELS)
     options.trials = options.trials or ([1, 4] if quick else [1, 4, 16, 64])
-    options.batches = options.batches or (5 if quick else 100)
+    options.batches = options.batches or (3 if quick else 100)
     options.repetitions = options.repetitions or (3 if quick else 5)
     options.most_processes = options.most_processes or (2 if quick else 16)
     return options
