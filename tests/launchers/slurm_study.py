@@ -225,7 +225,8 @@ class TwoNodes:
         unless_over(lambda: len(self._in_the_middle()) == 2, "a trial is in training on each node")
         first = next(job for job, node in self._jobs().items() if node == NODES[0])
         if plan.lowered:
-            self._limit(first, math.ceil((self._cluster.runs_s(first) + 40) / 60))
+            soon_min = math.ceil((self._cluster.runs_s(first) + 40) / 60)
+            unless_over(lambda: self._limit(first, soon_min), "its limit was lowered")
         else:
             unless_over(lambda: self._logged(_NEAR) >= 1, "a time limit was near")
             unless_over(lambda: NODES[1] in self._in_the_middle(), "a trial goes on")
@@ -233,11 +234,15 @@ class TwoNodes:
         unless_over(lambda: self._logged(_PREEMPTED) >= 1, "a job was preempted")
         if plan.lowered:
             unless_over(lambda: self._logged(_NEAR) >= 1, "a time limit was near")
-            self._limit(first, plan.time_min)
+            unless_over(lambda: self._limit(first, plan.time_min), "its limit was raised again")
         unless_over(lambda: bool(self._resumed()), "a trial went on from its checkpoint")
 
-    def _limit(self, job: str, minutes: int) -> None:
-        self._cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    def _limit(self, job: str, minutes: int) -> bool:
+        """Set a job's limit. False where SLURM does not do that now, as the job just ends."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+            return True
+        return False
 
     def _jobs(self) -> Mapping[str, str]:
         """``JOB_INDEX`` → node of each job that runs."""
