@@ -49,7 +49,8 @@ class KeeperActor:
         context = _ray.get_runtime_context()
         self._key = f"{group}/{name}"
         self._me = context.current_actor
-        device = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        has_gpus = bool(context.get_accelerator_ids().get("GPU"))
+        device = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpus else ""
         complete = {**os.environ, **job.environment, "CUDA_VISIBLE_DEVICES": device}
         complete.pop("RAY_AUTH_TOKEN", None)  # a model's code has no business with it
         if not device:
@@ -68,10 +69,19 @@ class KeeperActor:
 
     def _keep(self) -> None:
         self._keeper.run()
-        _ray.kill(self._me, no_restart=True)
+        while True:
+            with contextlib.suppress(RayError):  # the head is away: it is still to be told
+                _ray.kill(self._me, no_restart=True)
+            time.sleep(_ANSWER_S)
 
     def _publish(self, record: Record) -> None:
-        internal_kv._internal_kv_put(self._key, json.dumps(record.public()), namespace=_NAMESPACE)
+        """The child is tied to this thread: nothing that the head does may end it."""
+        try:
+            internal_kv._internal_kv_put(
+                self._key, json.dumps(record.public()), namespace=_NAMESPACE
+            )
+        except RayError as error:
+            _log.warning("the head of the Ray cluster does not answer: %s", error)
 
     def log(self, name: str, lines: int) -> str:
         """The last lines of a run's output."""
