@@ -155,7 +155,10 @@ class Running:
 
     def family(self, name: str) -> list[psutil.Process]:
         """The processes that a service started, itself not included."""
-        return psutil.Process(self.processes[name].pid).children(recursive=True)
+        try:
+            return psutil.Process(self.processes[name].pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def see_command_lines(self) -> None:
         """Remember what every process of the services shows to everybody on the machine."""
