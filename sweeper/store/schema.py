@@ -1,6 +1,6 @@
-"""The one table of our own beside Optuna's: who works on this store.
+"""What is ours beside Optuna's tables: who works on this store, and an index for the queue.
 
-It needs no migrations: whatever it holds, workers tell again within a heartbeat.
+Neither needs migrations: what the table holds, workers tell again within a heartbeat.
 """
 
 from __future__ import annotations
@@ -30,9 +30,18 @@ WORKERS: Final = Table(
 """``started`` and ``seen`` by the database's own clock, in UTC."""
 
 
+_INDEX: Final = """
+CREATE INDEX IF NOT EXISTS sweeper_trials_by_state ON trials (study_id, state, trial_id)
+"""
+"""Without it, finding the oldest waiting trial means looking at every trial before it. Optuna's own
+migrations neither need nor mind it, and a store that lacks it works as well, but slower."""
+
+
 def create_own_tables(engine: sqlalchemy.Engine) -> None:
     """Create what is missing. Call it under the store's lock, after Optuna has created its own."""
-    _METADATA.create_all(engine)
+    with engine.begin() as connection:
+        _METADATA.create_all(connection)
+        connection.execute(sqlalchemy.text(_INDEX))
 
 
 def is_complete(connection: sqlalchemy.Connection) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from sweeper.store import Outcome, Store, StoredStudy, progress, queue, recovery, standing
 from sweeper.store import attributes as attr
@@ -125,6 +125,26 @@ def test_neither_a_look_nor_a_claim_costs_more_queries_for_more_trials(
         costs.append((len(looked), len(claimed)))
     assert costs[0] == costs[1]
     assert costs[0][1] <= 6
+
+
+def test_the_oldest_waiting_trial_is_found_without_looking_at_others(
+    store: Store, started: Start
+) -> None:
+    study = started(search={"trials": 3})
+    query = (
+        f"SELECT trial_id FROM trials WHERE study_id = {study.id} AND state = 'WAITING' "
+        "ORDER BY trial_id LIMIT 1"
+    )
+    with store.writing() as connection:
+        if connection.dialect.name == "sqlite":
+            plan = connection.execute(text(f"EXPLAIN QUERY PLAN {query}"))
+        else:
+            connection.execute(text("SET LOCAL enable_seqscan = off"))  # three trials fit on a page
+            plan = connection.execute(text(f"EXPLAIN {query}"))
+        steps = " ".join(str(row) for row in plan)
+    assert "sweeper_trials_by_state" in steps
+    assert "sort" not in steps.lower()
+    assert "TEMP B-TREE" not in steps
 
 
 def test_enqueueing_more_trials_takes_no_more_statements(store: Store, started: Start) -> None:
