@@ -160,8 +160,11 @@ def work(url: str, home: Path, name: str) -> None:
 
 def direct(url: str, home: Path, count: int) -> list[int]:
     """Fork the workers and wait for them; their exit codes."""
-    import sweeper.training
     import sweeper.worker  # noqa: F401 - loaded once, before the fork
+    from sweeper.training import prepare
+
+    warm = prepare(spec(1).trial_config({"optimizer.lr": 1.0e-3}), folder=home)
+    next(warm.epochs())  # whatever a first epoch loads, the children have
 
     children = []
     for index in range(count):

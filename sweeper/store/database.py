@@ -115,7 +115,8 @@ class Store:
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:
         """Hold the store's one lock: what a controller reads in here nobody enqueues against."""
-        with reaching(self.url), _server_lock(self.url, self.backend.engine):
+        _ = self.backend  # which says so where there is none
+        with reaching(self.url), _server_lock(self.url):
             yield
 
     @contextlib.contextmanager
@@ -133,7 +134,8 @@ class Store:
 def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
     """Open the store at ``url``, creating its tables if this is the first time.
 
-    ``pool`` connections are kept while they are used, and a few more are opened at need.
+    ``pool`` connections are kept while they are used, and as many more are opened at need. A lock
+    has a connection of its own, so that who holds it cannot wait for itself.
     ``slack_s``: trials that are read may be so old.
 
     Raises:
@@ -151,7 +153,7 @@ def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
     with reaching(address), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if address.get_backend_name() == "sqlite":
-            with _server_lock(address, None):
+            with _server_lock(address):
                 backend = _open_sqlite(address)
         else:
             backend = _open_postgres(address, pool)
@@ -220,13 +222,13 @@ def _open_postgres(address: URL, pool: int) -> RDBStorage:
     options = {
         "pool_pre_ping": True,
         "pool_size": pool,
-        "max_overflow": max(3, pool),
+        "max_overflow": pool,
         "pool_recycle": 600,
         "pool_timeout": _BUSY_TIMEOUT_S,
     }
     try:
         if not _schema_is_there(address):
-            with _server_lock(address, None):
+            with _server_lock(address):
                 if not _schema_is_there(address):  # nobody was faster
                     first = RDBStorage(url)
                     create_own_tables(first.engine)
@@ -280,7 +282,7 @@ def _begin(connection: sqlalchemy.Connection) -> None:
 
 
 @contextlib.contextmanager
-def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[None]:
+def _server_lock(address: URL) -> Iterator[None]:
     """One holder among all processes that use the database: a file lock or an advisory lock."""
     if address.get_backend_name() == "sqlite":
         file = Path(str(address.database)).absolute()
@@ -288,22 +290,17 @@ def _server_lock(address: URL, engine: sqlalchemy.Engine | None) -> Iterator[Non
         with FileLock(f"{file}.lock", mode=FILE_MODE):
             yield
         return
-    own = engine is None
-    engine = engine or sqlalchemy.create_engine(_watchful(address), poolclass=sqlalchemy.NullPool)
-    try:
-        with engine.connect() as connection:
-            lock = {"key": _POSTGRES_LOCK_KEY}
-            connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), lock)
+    engine = sqlalchemy.create_engine(_watchful(address), poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        lock = {"key": _POSTGRES_LOCK_KEY}
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(:key)"), lock)
+        connection.commit()
+        try:
+            yield
+        finally:
+            connection.rollback()
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), lock)
             connection.commit()
-            try:
-                yield
-            finally:
-                connection.rollback()
-                connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock(:key)"), lock)
-                connection.commit()
-    finally:
-        if own:
-            engine.dispose()
 
 
 @contextlib.contextmanager
