@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.pool import QueuePool
 
 from sweeper.errors import (
     MissingExtraError,
@@ -261,8 +262,8 @@ def _release_idle(engine: sqlalchemy.Engine) -> None:
             time.sleep(_IDLE_S)
             if used.is_set():
                 used.clear()
-            else:
-                engine.dispose()
+            elif isinstance(engine.pool, QueuePool) and not engine.pool.checkedout():
+                engine.dispose()  # of one in use nobody would close the connection
 
     threading.Thread(target=watch, name="idle connections", daemon=True).start()
 
