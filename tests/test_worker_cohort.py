@@ -13,7 +13,8 @@ import pytest
 from worker_bench import Bench
 
 from sweeper.measurement import SUMMARY_METRICS
-from sweeper.store import Control, recovery, studies
+from sweeper.store import Control, recovery, studies, workers
+from sweeper.store.workers import Presence
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.engine import Engine
 
@@ -100,6 +101,60 @@ def test_a_grid_is_trained_by_structure_and_gives_what_single_trials_give(
         }
         assert len(widths) == 1
     assert {row.attempt for row in found.now.rows} == {1}
+
+
+def test_a_worker_leaves_the_others_their_share(bench: MakeBench) -> None:
+    """Six trials, and another worker that waits for some: no more than three at once."""
+    found = bench(resources={"cohort": 6})
+    other = Presence(name="other", host="h", pid=1, device="cpu", launcher="manual")
+    workers.tell(found.store, other)
+    at_once: list[int] = []
+    original = CohortEngine.train
+
+    def train(engine: CohortEngine, **arguments: Any) -> Any:
+        at_once.append(len(engine.seats))
+        return original(engine, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CohortEngine, "train", train)
+        found.worker.run()
+    assert found.now.counts["complete"] == 6
+    assert at_once[:3] == [3, 3, 3]
+    assert max(at_once) == 3
+
+
+def test_auto_measures_only_where_company_is_to_be_expected(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three grid points of each width; a device that is no CPU is pretended."""
+    monkeypatch.setattr(
+        "sweeper.worker.cohorts.measured_size", lambda *arguments, **further: 2, raising=True
+    )
+    monkeypatch.setattr("sweeper.worker.cohorts.fuses_by_itself", lambda device: True)
+    found = bench(
+        resources={"cohort": "auto"},
+        parameters={"model.width": {"values": [16, 8]}, "train.seed": {"values": [0, 1, 2]}},
+        search={"sampler": "grid"},
+    )
+    found.worker.run()
+    assert sorted(sizes(found).values()) == [3, 3]
+    tags = [run.tags.get("sweeper.note.cohort") for run in found.tracker.runs.values()]
+    assert tags == [None] * 6
+
+
+def test_auto_does_not_measure_for_a_trial_without_company(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any, **further: Any) -> int:
+        raise RuntimeError("measured for nothing")
+
+    monkeypatch.setattr("sweeper.worker.cohorts.measured_size", measured)
+    monkeypatch.setattr("sweeper.worker.cohorts.fuses_by_itself", lambda device: True)
+    found = bench(resources={"cohort": "auto"}, parameters={"model.width": {"values": [16, 8]}})
+    found.worker.run()
+    assert found.now.counts["complete"] == 2
+    for run in found.tracker.runs.values():
+        assert "no other trial of its structure" in run.tags["sweeper.note.cohort"]
 
 
 def test_a_sampler_is_asked_in_the_order_of_the_queue(bench: MakeBench) -> None:

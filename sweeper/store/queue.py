@@ -97,21 +97,46 @@ def claim_where(
     """
     if store.remote:
         return None
-    with store.reading() as connection:
-        ids = connection.execute(_waiting(TRIALS.c.study_id == study_id, _KNOWN_AHEAD)).scalars()
-        known = [
-            trial
-            for trial in tables.read(connection, ids)
-            if trial.user_attrs.keys() & {attr.FIXED, attr.DRAWN}
-            and attr.ALONE not in trial.user_attrs
-        ]
-    for trial in known:
+    for trial in _known_waiting(store, study_id):
         if fits(values(spec, trial)):
             with store.writing() as connection:
                 taken = _take(connection, TRIALS.c.trial_id == trial._trial_id, worker)
             if taken is not None:
                 return taken
     return None
+
+
+def fits_any(
+    store: Store, study_id: int, *, spec: StudySpec, fits: Callable[[Mapping[str, Any]], bool]
+) -> bool:
+    """Whether :func:`claim_where` would find a trial."""
+    if store.remote:
+        return False
+    return any(fits(values(spec, trial)) for trial in _known_waiting(store, study_id))
+
+
+def unfinished(store: Store, study_id: int) -> int | None:
+    """How many trials run or wait; None behind a proxy, where nobody counts them for us."""
+    if store.remote:
+        return None
+    open_states = TRIALS.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+    query = sqlalchemy.select(sqlalchemy.func.count()).where(
+        TRIALS.c.study_id == study_id, open_states
+    )
+    with store.reading() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def _known_waiting(store: Store, study_id: int) -> list[FrozenTrial]:
+    """The oldest waiting trials whose values are known and that may join others."""
+    with store.reading() as connection:
+        ids = connection.execute(_waiting(TRIALS.c.study_id == study_id, _KNOWN_AHEAD)).scalars()
+        return [
+            trial
+            for trial in tables.read(connection, ids)
+            if trial.user_attrs.keys() & {attr.FIXED, attr.DRAWN}
+            and attr.ALONE not in trial.user_attrs
+        ]
 
 
 def _waiting(among: sqlalchemy.ColumnElement[bool], limit: int) -> sqlalchemy.Select[Any]:

@@ -11,11 +11,12 @@ that the sampler chose for an earlier moment), and at most one is drawn before i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +30,9 @@ from sweeper.study.spec import Grid, ReferenceOnly
 from sweeper.worker.work import Work
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
+    import torch
+
+    from sweeper.config import TrialConfig
     from sweeper.measurement import Measurement
     from sweeper.training.cohort import Cohort, Member
     from sweeper.worker.attempt import Attempt
@@ -44,6 +48,19 @@ _TIMED: Final = frozenset({"seconds", "samples_per_s", "peak_memory_mib"})
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice, the device's or the host's."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def fuses_by_itself(device: torch.device) -> bool:
+    """Whether ``cohort: auto`` may be more than one. On a CPU cohorts are slower than workers."""
+    return device.type != "cpu"
+
+
+def measured_size(worker: Worker, config: TrialConfig, device: torch.device) -> int:
+    """The number of trials at once that is the fastest for this structure on this device."""
+    from sweeper.training.cohort import best_size
+
+    file = worker.settings.cohort_sizes
+    return best_size(config, dataset=worker.loaded(config), device=device, file=file)
 
 
 @dataclass(kw_only=True)
@@ -66,38 +83,40 @@ class Cohorts:
         if wanted == 1:
             return None
         from sweeper.training import best_device
-        from sweeper.training.cohort import best_size, structure, why_alone
+        from sweeper.training.cohort import structure, why_alone
 
         device = best_device()
-        if wanted == "auto" and device.type == "cpu":
+        if wanted == "auto" and not fuses_by_itself(device):
             return None
         config = attempt.configured()
         kind = structure(config)
+        together = Together(cohorts=self, study=attempt.study, kind=kind, limit=1)
         timed = {each.metric for each in attempt.study.spec.objective} & _TIMED
         reason = why_alone(config, device)
         if attempt.claimed.alone or self.limits.get(kind) == 1:
             reason = "a cohort of its structure broke or did not fit"
         elif timed:
             reason = f"the objective {', '.join(sorted(timed))} depends on what runs beside it"
+        elif reason is None and wanted == "auto" and not self._company(together):
+            reason = "no other trial of its structure is known to come"
         size = 1
         if reason is None:
-            size = (
-                best_size(
-                    config,
-                    dataset=self.worker.loaded(config),
-                    device=device,
-                    file=self.worker.settings.cohort_sizes,
-                )
-                if wanted == "auto"
-                else wanted
-            )
+            size = measured_size(self.worker, config, device) if wanted == "auto" else wanted
             size = min(size, self.limits.get(kind, size))
             reason = "one at a time is the fastest here" if size == 1 else None
         if reason is not None:
             _log.info("trial %d trains alone: %s", attempt.claimed.number, reason)
             attempt.alone_because = reason
             return None
-        return Together(cohorts=self, study=attempt.study, kind=kind, limit=size)
+        together.limit = size
+        return together
+
+    def _company(self, together: Together) -> bool:
+        """Whether it is worth measuring how many at once are the fastest."""
+        study = together.study
+        if not any(structural(path) for path in study.spec.parameters):
+            return True
+        return self.work.fits_any(study, together.fits)
 
 
 @dataclass(kw_only=True)
@@ -192,8 +211,12 @@ class Together:
             return
         if self.next is not None and not self.attempts:
             return
+        share: int | None = None
+        with self._store_may_be_away():
+            share = self.cohorts.work.share(self.study)
+        limit = self.limit if share is None else min(self.limit, max(share, 1))
         drawn = not isinstance(self.study.spec.search.sampler, Grid | ReferenceOnly)
-        while len(self.attempts) < self.limit and not self.worker.signals.stopping:
+        while len(self.attempts) < limit and not self.worker.signals.stopping:
             claimed = self._claimed(drawn=drawn and self.next is None)
             if claimed is None:
                 self._look_at = time.monotonic() + _LOOK_AGAIN_S
@@ -201,20 +224,25 @@ class Together:
             self._join(self.worker.taken(self.study, claimed))
 
     def _claimed(self, *, drawn: bool) -> queue.Claim | None:
-        """The next trial for this cohort. Where the store is away, the members train on."""
-        work = self.cohorts.work
-        try:
-            found = work.another_where(self.study, self._fits)
+        """The next trial for this cohort."""
+        work, found = self.cohorts.work, None
+        with self._store_may_be_away():
+            found = work.another_where(self.study, self.fits)
             if found is None and drawn:
                 found = work.another(self.study)
+        return found
+
+    @contextlib.contextmanager
+    def _store_may_be_away(self) -> Iterator[None]:
+        """Members train on where the store does not answer."""
+        try:
+            yield
         except StoreRefusedError:
             raise
         except StoreUnreachableError as error:
             _log.warning("the store does not answer, the cohort trains on: %s", error)
-            return None
-        return found
 
-    def _fits(self, values: Mapping[str, Any]) -> bool:
+    def fits(self, values: Mapping[str, Any]) -> bool:
         """Whether a trial of these values has the structure; worked out once for each structure."""
         from sweeper.training.cohort import structure
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from sweeper.store import (
     queue,
     recovery,
     studies,
+    workers,
 )
 from sweeper.store.glance import is_over
 
@@ -81,6 +83,28 @@ class Work:
         if not self._goes_on(study):
             return None
         return queue.claim_where(self.store, study.id, self.worker, spec=study.spec, fits=fits)
+
+    def fits_any(self, study: StoredStudy, fits: Callable[[Mapping[str, Any]], bool]) -> bool:
+        """Whether :meth:`another_where` would find a trial."""
+        return queue.fits_any(self.store, study.id, spec=study.spec, fits=fits)
+
+    def share(self, study: StoredStudy) -> int | None:
+        """How many of a study's trials this worker may have at once, so that none stays idle.
+
+        What runs or waits, divided by the workers that are at the study or at none. None behind a
+        proxy, where the other workers are not known.
+        """
+        trials = queue.unfinished(self.store, study.id)
+        if trials is None:
+            return None
+        others = [
+            row
+            for row in workers.listed(self.store)
+            if row.alive
+            and row.presence.name != self.worker
+            and row.presence.study in {None, study.name}
+        ]
+        return math.ceil(trials / (len(others) + 1))
 
     def _goes_on(self, study: StoredStudy) -> bool:
         if studies.control(self.store, study.id) is not Control.RUN:
