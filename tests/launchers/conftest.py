@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,10 @@ def local_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of one machine with two GPUs that only Ray believes in."""
     ray: Any = pytest.importorskip("ray", reason="Ray is not installed: sweeper[ray]")
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+    ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
@@ -58,6 +62,7 @@ def ray_cluster() -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=100_000_000,
+            _temp_dir=folder,  # sockets: its path must be short
             _system_config={"prestart_worker_first_driver": False},
         )
         yield

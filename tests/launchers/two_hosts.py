@@ -325,9 +325,8 @@ class CutOff:
         with contextlib.ExitStack() as stack:
             network = stack.enter_context(Network())
             here, first, second = network.own_address, network.add(), network.add()
-            url = stack.enter_context(
-                postgres(Path(tempfile.mkdtemp(prefix="pg")), here, folder / "postgres.log")
-            )
+            data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pg")))
+            url = stack.enter_context(postgres(data, here, folder / "postgres.log"))
             uri = stack.enter_context(mlflow(folder / "mlflow", here, folder / "mlflow.log"))
             nodes = RayNodes(network, folder)
             stack.callback(nodes.close)
