@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -179,6 +180,7 @@ class Sweep:
     stopping: bool = False
     _buried: set[str] = field(default_factory=set)
     _deaths: QuickDeaths = field(default_factory=QuickDeaths)
+    _hands: threading.Lock = field(default_factory=threading.Lock, init=False)
     _looked: float = 0.0
     _seen: Progress | None = None
     _lookout: recovery.Lookout = field(init=False)
@@ -208,8 +210,14 @@ class Sweep:
         self._seen = now = progress(self.store, self.study)
         missing = min(self.workers, now.budget - now.ended) - len(self.alive)
         if missing > 0:
-            self.launcher.start(self.job, missing)
+            self._add(missing)
         return now
+
+    def _add(self, count: int) -> None:
+        """Start more workers, unless the sweep was stopped meanwhile from another thread."""
+        with self._hands:
+            if not self.stopping:
+                self.launcher.start(self.job, count)
 
     @property
     def alive(self) -> list[Process]:
@@ -243,7 +251,7 @@ class Sweep:
             work = now.budget - now.ended
             missing = min(self.workers, work) - len(self.alive)
             if missing > 0 and not self._deaths.pausing and self._control is Control.RUN:
-                self.launcher.start(self.job, missing)
+                self._add(missing)
         return now
 
     @property
@@ -283,14 +291,30 @@ class Sweep:
 
     def stop(self, *, now: bool = False) -> None:
         """End the workers: after their epoch, or at once. Their trials go back to the queue."""
-        self.stopping = True
-        self.launcher.stop(now=now)
+        with self._hands:
+            self.stopping = True
+            self.launcher.stop(now=now)
         if now:
             try:
-                for process in self.launcher.processes():
-                    recovery.return_trials_of(self.store, self.study.id, process.name)
+                self.give_back()
             except StoreUnreachableError as error:
                 _log.warning("the trials of the workers that were ended count as lost: %s", error)
+
+    def halt(self) -> None:
+        """End the workers at once, without a word to the store."""
+        with self._hands:
+            self.stopping = True
+            self.launcher.stop(now=True)
+
+    def give_back(self) -> None:
+        """Put the trials of workers that were ended on purpose back into the queue."""
+        for process in self.launcher.processes():
+            recovery.return_trials_of(self.store, self.study.id, process.name)
+
+    @property
+    def pausing(self) -> bool:
+        """Whether workers are missing because the last ones died at their start."""
+        return self._deaths.pausing
 
 
 def refuse_if_out_of_reach(settings: Settings, launcher: Launcher) -> None:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
 from sweeper.cli.options import HomeOption, JsonOption, SetOption, StoreOption
 from sweeper.cli.plain import plain
-from sweeper.errors import StoreUnreachableError, UsageError
+from sweeper.errors import UsageError
 from sweeper.settings import Settings, group_name, masked
 
 if TYPE_CHECKING:
-    from sweeper.cli.view import View
     from sweeper.controller import Prepared, Sweep
     from sweeper.launchers import Launcher, LauncherName
-    from sweeper.store import Progress, Standing, Store, StoredStudy
+    from sweeper.store import Standing, Store, StoredStudy
     from sweeper.study.spec import StudySpec
     from sweeper.tracking import TrackingService
 
-_POLL_S: Final = 0.5
-_LEAVE_S: Final = 60.0
-_LINGER_S: Final = 5.0
-"""Then workers are told that all is over: one that waits for a place in a cluster cannot know."""
 _OTHERS_S: Final = 600.0
 """A controller that is just finishing the same study is waited for."""
 
@@ -168,48 +161,34 @@ def _detach(spec: StudySpec, settings: Settings, how: _How) -> None:
         sys.stderr.write(f"{spec.name}: {len(sweep.alive)} workers on {launcher.name}\n")
 
 
-class _Interrupts:
-    """INT and TERM, counted, while the context lasts."""
-
-    def __enter__(self) -> _Interrupts:
-        self.count = 0
-        self._before = {
-            number: signal.signal(number, self._received)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _received(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
-
-    def __exit__(self, *_error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     """One study, from its spec to its result."""
     from sweeper.cli.view import view
+    from sweeper.cli.watching import Caller, Interrupts, leave, say_interrupted, watch
     from sweeper.controller import prepare
     from sweeper.store import open_store, progress, standing
     from sweeper.tracking import TrackingService
 
     began = time.monotonic()
     launcher = how.open_launcher(spec, settings)
-    opened = open_store(settings.store_url)
-    prepared = prepare(opened, spec, with_reference=how.reference, extend=how.extend)
+    caller = Caller()  # so that Ctrl-C is heard while a database hangs
+    opened = caller.ask(lambda: open_store(settings.store_url))
+    prepared = caller.ask(
+        lambda: prepare(opened, spec, with_reference=how.reference, extend=how.extend)
+    )
     if not prepared.new:
         sys.stderr.write(f"{spec.name}: resumed, {prepared.enqueued} trials added\n")
-    with _Interrupts() as interrupts, TrackingService(settings) as service:
+    with TrackingService(settings) as service:
         sweep = how.sweep(opened, prepared, settings, launcher)
-        try:
-            with view(lambda: service.uri) as shown:
-                _watch(sweep, interrupts, shown, service)
-        finally:
-            _leave(sweep)
-        if interrupts.count:
-            _say_interrupted(spec, progress(opened, prepared.study))
-            raise typer.Exit(130)
+        with Interrupts() as interrupts:
+            try:
+                with view(lambda: service.uri) as shown:
+                    watch(sweep, caller, interrupts, shown, service)
+            finally:
+                leave(sweep, caller)
+            if interrupts.count:
+                say_interrupted(sweep, caller)
+                raise typer.Exit(130)
         if progress(opened, prepared.study).over:
             sweep.clean_up()
         report = _publish(opened, prepared.study, settings, service)
@@ -242,53 +221,6 @@ def _publish(
         if not finished.problem:
             studies.remember_finished(opened, study.id, progress(opened, study).counts)
     return finished.page
-
-
-def _watch(sweep: Sweep, interrupts: _Interrupts, shown: View, service: TrackingService) -> None:
-    """Look after the sweep until it is over, interrupted, or stopped from elsewhere."""
-    from sweeper.controller import Outage
-
-    now = sweep.start()
-    away = Outage()
-    while True:
-        note = service.look_after()
-        if interrupts.count and not sweep.stopping:
-            sweep.stop()
-        if sweep.stopping:
-            note = "stopping after the running epochs; once more (Ctrl-C) stops at once"
-        try:
-            now = sweep.tick()
-            away.ended()
-        except StoreUnreachableError as error:
-            note = away.goes_on(error)
-        alive = len(sweep.alive)
-        shown.show(now, alive, note)
-        if interrupts.count > 1 or now.over or not alive:
-            return
-        time.sleep(_POLL_S)
-
-
-def _leave(sweep: Sweep) -> None:
-    """Wait for workers that are about to end, and leave none behind."""
-    from sweeper.store import progress
-
-    began = time.monotonic()
-    try:
-        over = progress(sweep.store, sweep.study).over
-        while over and sweep.alive and (waited_s := time.monotonic() - began) < _LEAVE_S:
-            if waited_s > _LINGER_S and not sweep.stopping:
-                sweep.stop()
-            time.sleep(0.1)
-    finally:
-        if sweep.alive:
-            sweep.stop(now=True)
-
-
-def _say_interrupted(spec: StudySpec, now: Progress) -> None:
-    sys.stderr.write(
-        f"interrupted with {now.ended} of {now.budget} trials of {spec.name} ended; "
-        "launch it again to go on\n"
-    )
 
 
 def _result(

@@ -164,7 +164,7 @@ def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
 def _address(url: str) -> URL:
     try:
         address = make_url(url)
-    except exc.ArgumentError as error:
+    except (exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise UsageError(
             "the store must be a URL such as sqlite:///sweeps.db or "
             "postgresql+psycopg://user@host/database, but got something that is not a URL"

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sweeper.private import private_folder, private_opener
+from sweeper.private import private_file, private_folder, private_opener
 from sweeper.tracking.records import Record
 
 _SUFFIX: Final = ".jsonl"
@@ -136,6 +136,7 @@ class Journal(JournalFiles):
         folder = self.files / uuid.uuid4().hex
         private_folder(folder)
         copy = folder / file.name
+        private_file(copy)
         shutil.copyfile(file, copy)
         return copy.relative_to(self.path.parent).as_posix()
 
