@@ -102,7 +102,7 @@ def table_csv(table: Table) -> str:
     return stream.getvalue()
 
 
-def _precise(value: float | str) -> float | str:
+def _precise(value: float | int | str) -> float | int | str:
     """A number without the noise of binary fractions; text as it is, a dash as nothing."""
     if isinstance(value, float):
         return float(f"{value:.10g}")
