@@ -65,6 +65,7 @@ class Interrupts:
 
 @dataclass(kw_only=True)
 class _Answer:
+    began: float = field(default_factory=time.monotonic)
     done: threading.Event = field(default_factory=threading.Event)
     value: Any = None
     error: BaseException | None = None
@@ -98,13 +99,13 @@ class Caller:
         """What ``call`` returns or raises; StoreUnreachableError after ``longest_s`` or where
         ``interrupted()`` holds.
 
-        A call that nobody waits for any more goes on to its end, and the next one waits for it.
+        A call that nobody waits for any more goes on to its end, and the next one waits for it:
+        the seconds are those since the call began that is in the way.
         """
-        began = time.monotonic()
 
         def wait(answer: _Answer) -> None:
             while not answer.done.wait(_LOOK_S):
-                waited_s = time.monotonic() - began
+                waited_s = time.monotonic() - answer.began
                 if waited_s > longest_s or interrupted():
                     raise StoreUnreachableError(
                         f"the store must answer, but did not within {waited_s:.0f} s"

@@ -14,6 +14,7 @@ from sweeper.tracking.server import LocalServer, running_address
 from sweeper.tracking.spool import Address, Replayed, SpoolTracker, replay
 
 _EVERY_S: Final = 5.0
+_LOOK_S: Final = 0.2
 
 
 def address(settings: Settings) -> Address:
@@ -51,10 +52,12 @@ class TrackingService:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if self._server is not None:
-            self._server.stop()
+        if self._server is None:
+            return
+        while self._thread is not None and self._thread.is_alive():
+            self._server.stop()  # who waits for it to start need not wait any longer
+            self._thread.join(_LOOK_S)
+        self._server.stop()
 
     @property
     def uri(self) -> str | None:

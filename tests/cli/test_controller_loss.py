@@ -110,5 +110,5 @@ def test_ctrl_c_is_heard_while_the_database_hangs(sweeper: Sweeper, postgres: Po
     _, err = launch.communicate(timeout=60)
     assert launch.returncode == 130, err
     assert "the store must answer" in err and "launch small again" in err
-    assert took_s < 20, "two waits for a last word of the store, and MLflow's end"
+    assert took_s < 10  # a last word that the store does not take, and the end of MLflow
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
