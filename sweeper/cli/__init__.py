@@ -6,13 +6,18 @@ usage or file, 3 store or tracker out of reach, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import sys
+from typing import Final
 
 import typer
 
 from sweeper.cli import files, launch, reporting, servers, serving, show
 from sweeper.cli.plain import plain
-from sweeper.errors import SweeperError
+from sweeper.errors import OutOfReachError, SweeperError
+
+_DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+"""What a disk or its owner refuses, wherever something is written."""
 
 app = typer.Typer(
     name="sweeper",
@@ -53,5 +58,11 @@ def main() -> None:
     except SweeperError as error:
         sys.stderr.write(plain(f"sweeper: {error}\n"))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        sys.stderr.write(plain(f"sweeper: files must be written, but: {reason}\n"))
+        sys.exit(OutOfReachError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
