@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from sweeper.private import private_folder
 from sweeper.report.blocks import Block, Page, Section, Tables, Text, Tile
 from sweeper.report.collect import StudyData, device_seconds
 from sweeper.report.configurations import Configuration
@@ -45,7 +46,7 @@ def write_comparison(
     Raises UsageError where the folder cannot be written.
     """
     names = [data.name for data in studies]
-    folder = out or settings.reports / comparison_name(names)
+    folder = out or private_folder(settings.reports) / comparison_name(names)
     table = comparison_table(studies)
     files = table_files([table])
     links = tuple((name, name) for name in files)

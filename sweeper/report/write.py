@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sweeper.errors import UsageError
+from sweeper.private import private_folder
 from sweeper.report.collect import Say, StudyData, silent
 from sweeper.report.leaderboard import leaderboard
 from sweeper.report.reference import published, reference_table
@@ -61,7 +62,7 @@ def write_report(
         files=tuple((name, name) for name in tables),
         say=say,
     )
-    folder = out or settings.reports / data.name
+    folder = out or private_folder(settings.reports) / data.name
     files = write_files(folder, {PAGE: render(made.page), **tables})
     return Report(folder=folder, files=files, model=made.model)
 

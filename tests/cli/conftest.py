@@ -58,6 +58,7 @@ class Sweeper:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            umask=0,  # what is private must be so whatever the user's umask
             **options,
         )
 

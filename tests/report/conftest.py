@@ -23,7 +23,8 @@ from sweeper.tracking import mlflow as tracker_client
 from sweeper.worker import Worker
 
 HOSTILE = (
-    """<script>alert("x")</script> & <img src=http://evil.example/x.png> $5_{a}% | `b` \\end"""
+    """<script>window.owned=1</script> & <img src=http://evil.example/x onerror=window.owned=1>"""
+    """ $5_{a}% | `b` \\end"""
 )
 
 FACTOR = {
@@ -61,7 +62,7 @@ SWEEP = {
     },
 }
 
-CLASSES = ("<i>cat</i>", "it's a dog")
+CLASSES = ("<img src=x onerror=window.owned=1>cat", "it's a dog")
 
 
 def colour(root: Path) -> dict[str, Any]:

@@ -106,6 +106,18 @@ def test_every_figure_is_drawn_and_nothing_is_requested(opened: Open, name: str)
     assert page.execute_script("return [...document.images].every((i) => i.naturalWidth > 0)")
 
 
+@pytest.mark.parametrize("name", ["factor", "colour"])
+def test_what_a_study_or_its_classes_are_called_runs_nowhere(opened: Open, name: str) -> None:
+    """Descriptions, notes and class names hold scripts; every element is the page's own."""
+    page = opened(name)
+    assert "window.owned=1" in page.find_element("tag name", "body").get_attribute("textContent")
+    assert page.execute_script("return typeof window.owned") == "undefined"
+    scripts = "return document.querySelectorAll('script:not([type])').length"
+    assert page.execute_script(scripts) == 2  # Plotly's and the page's
+    strange = "return document.querySelectorAll('[onerror], [onload], img:not([src^=data])').length"
+    assert page.execute_script(strange) == 0
+
+
 @pytest.mark.parametrize("size", [PHONE, DESKTOP])
 def test_the_page_is_no_wider_than_the_screen(opened: Open, size: tuple[int, int]) -> None:
     page = opened("factor", size)
