@@ -24,7 +24,7 @@ from sweeper.errors import StoreUnreachableError
 if TYPE_CHECKING:
     from sweeper.cli.view import View
     from sweeper.controller import Sweep
-    from sweeper.store import Standing
+    from sweeper.store import Progress
     from sweeper.tracking import TrackingService
 
 _log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ _ANSWER_S: Final = 10.0
 _LAST_WORD_S: Final = 3.0
 """So long the store has to take down what a sweep that ends wants to tell it."""
 _LEAVE_S: Final = 60.0
+_LINGER_S: Final = 5.0
+"""Then workers are told that all is over: one that waits for a place in a cluster cannot know."""
 _LATE_S: Final = 15.0
 """Workers that are told to end have their grace, and so much to start up or wind down."""
 
@@ -65,6 +67,8 @@ class Interrupts:
 
 @dataclass(kw_only=True)
 class _Answer:
+    call: Callable[[], Any]
+    taken: bool = False
     began: float = field(default_factory=time.monotonic)
     done: threading.Event = field(default_factory=threading.Event)
     value: Any = None
@@ -75,16 +79,16 @@ class Caller:
     """Calls functions in one thread of its own, one after the other."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], _Answer]] = queue.SimpleQueue()
-        self._last = _Answer()
+        self._calls: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        self._last = _Answer(call=lambda: None, taken=True)
         self._last.done.set()
         threading.Thread(target=self._run, name="store", daemon=True).start()
 
     def _run(self) -> None:
         while True:
-            call, answer = self._calls.get()
+            answer = self._calls.get()
             try:
-                answer.value = call()
+                answer.value = answer.call()
             except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
                 answer.error = error
             answer.done.set()
@@ -100,7 +104,8 @@ class Caller:
         ``interrupted()`` holds.
 
         A call that nobody waits for any more goes on to its end, and the next one waits for it:
-        the seconds are those since the call began that is in the way.
+        the seconds are those since the call began that is in the way. Who asks for the same once
+        more gets that call's answer.
         """
 
         def wait(answer: _Answer) -> None:
@@ -111,10 +116,13 @@ class Caller:
                         f"the store must answer, but did not within {waited_s:.0f} s"
                     )
 
-        wait(self._last)
-        self._last = answer = _Answer()
-        self._calls.put((call, answer))
+        answer = self._last
+        if answer.call != call or answer.taken:
+            wait(answer)
+            self._last = answer = _Answer(call=call)
+            self._calls.put(answer)
         wait(answer)
+        answer.taken = True
         if answer.error is not None:
             raise answer.error
         return answer.value  # type: ignore[no-any-return]  # what call returned
@@ -130,7 +138,7 @@ def watch(
     from sweeper.controller import Outage
 
     away = Outage()
-    now: Standing | None = None
+    now: Progress | None = None
     stop_by = math.inf
     while True:
         note = service.look_after()
@@ -141,7 +149,7 @@ def watch(
         answered = False
         try:
             now = caller.ask(
-                sweep.begin if now is None else sweep.tick,
+                sweep.start if now is None else sweep.tick,
                 longest_s=_POLL_S if sweep.stopping else _ANSWER_S,
                 interrupted=partial(interrupts.more_than, handled),
             )
@@ -164,15 +172,17 @@ def watch(
 
 def leave(sweep: Sweep, caller: Caller) -> None:
     """Wait for workers that are about to end, and leave none behind."""
-    from sweeper.store import standing
+    from sweeper.store import progress
 
     def is_over() -> bool:
-        return standing(sweep.store, sweep.study).over
+        return progress(sweep.store, sweep.study).over
 
-    until = time.monotonic() + _LEAVE_S
+    began = time.monotonic()
     try:
         over = caller.ask(is_over, longest_s=_LAST_WORD_S)
-        while over and sweep.alive and time.monotonic() < until:
+        while over and sweep.alive and (waited_s := time.monotonic() - began) < _LEAVE_S:
+            if waited_s > _LINGER_S and not sweep.stopping:
+                sweep.stop()
             time.sleep(0.1)
     except StoreUnreachableError as error:
         _log.debug("nobody knows whether the study is over: %s", error)
@@ -187,11 +197,11 @@ def leave(sweep: Sweep, caller: Caller) -> None:
 
 def say_interrupted(sweep: Sweep, caller: Caller) -> None:
     """Tell how far the study is, if the store can tell."""
-    from sweeper.store import standing
+    from sweeper.store import progress
 
     name = sweep.study.name
     try:
-        now = caller.ask(lambda: standing(sweep.store, sweep.study), longest_s=_LAST_WORD_S)
+        now = caller.ask(lambda: progress(sweep.store, sweep.study), longest_s=_LAST_WORD_S)
     except StoreUnreachableError as error:
         sys.stderr.write(f"interrupted, and {error}; launch {name} again to go on\n")
         return

@@ -308,7 +308,9 @@ def _server_lock(address: URL) -> Iterator[None]:
 def _study_lock(store: Store, study_id: int, timeout_s: float) -> Iterator[bool]:
     """One holder a study: a file lock, or an advisory lock of a connection of its own."""
     if store.url.get_backend_name() == "sqlite":
-        lock = FileLock(f"{Path(str(store.url.database)).absolute()}.{study_id}.lock")
+        lock = FileLock(
+            f"{Path(str(store.url.database)).absolute()}.{study_id}.lock", mode=FILE_MODE
+        )
         try:
             lock.acquire(timeout=timeout_s)
         except Timeout:
