@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,6 +149,7 @@ def postgres(log: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class TwoNodes:
@@ -319,7 +321,13 @@ class TwoNodes:
         )
         store = open_store(settings.store_url)
         prepared = prepare(store, StudySpec.model_validate(self._plan.study()))
-        Worker(store=store, tracker=MemoryTracker(), settings=settings, study=NAME).run()
+        Worker(
+            store=store,
+            tracker=MemoryTracker(),
+            settings=settings,
+            study=NAME,
+            allow_imports=True,
+        ).run()
         undisturbed = _results(standing(store, prepared.study))
         store.close()
         for left, right in zip(self._results, undisturbed, strict=True):
@@ -392,8 +400,10 @@ def main() -> None:
         account = study.run()
     finally:
         cluster.close()
-    study.compare()
     sys.stdout.write(f"{plan}\n{account.table()}\nlogs: {folder}\n")
+    sys.stdout.flush()
+    study.compare()
+    sys.stdout.write("\n".join([account.moments[-1], *account.wrong, ""]))
     sys.exit(bool(account.wrong))
 
 
