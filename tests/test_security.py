@@ -30,6 +30,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    glance,
     open_store,
     queue,
     standing,
@@ -388,7 +389,7 @@ def test_hostile_texts_of_a_store_are_shown_by_every_command(
 
     file = io.StringIO()
     with _LiveView(PlainConsole(file=file, force_terminal=True, width=300), lambda: None) as live:
-        live.show(standing(store, study), 1, HOSTILE)
+        live.show(glance.progress(store, study), 1, HOSTILE)
     assert "\x1b]" not in file.getvalue() and "\x07" not in file.getvalue()
 
 

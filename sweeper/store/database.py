@@ -99,7 +99,7 @@ class Store:
             remote.close()
             return
         self.backend.remove_session()
-        self.backend.engine.dispose()
+        _close_connections(self.backend.engine)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlalchemy.Connection]:
@@ -263,9 +263,15 @@ def _release_idle(engine: sqlalchemy.Engine) -> None:
             if used.is_set():
                 used.clear()
             elif isinstance(engine.pool, QueuePool) and not engine.pool.checkedout():
-                engine.dispose()  # of one in use nobody would close the connection
+                _close_connections(engine)
 
     threading.Thread(target=watch, name="idle connections", daemon=True).start()
+
+
+def _close_connections(engine: sqlalchemy.Engine) -> None:
+    """Close those that are idle now, and one that a thread still uses when it gives it back."""
+    event.listen(engine.pool, "checkin", lambda connection, _: connection and connection.close())
+    engine.dispose()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -140,9 +140,15 @@ def test_wrong_usage_is_exit_code_two(sweeper: Sweeper, words: list[str], part: 
 
 
 def test_a_store_out_of_reach_is_exit_code_three(sweeper: Sweeper) -> None:
+    said = sweeper.run("status", "--store", "postgresql+psycopg://me@127.0.0.1:1/none", code=3)
+    assert "127.0.0.1:1" in said
+
+
+def test_a_password_on_the_command_line_is_refused_and_not_repeated(sweeper: Sweeper) -> None:
     url = "postgresql+psycopg://me:secret@127.0.0.1:1/none"
-    said = sweeper.run("status", "--store", url, code=3)
-    assert "secret" not in said
+    said = sweeper.run("status", "--store", url, code=2)
+    assert "PGPASSWORD" in said
+    assert "secret@" not in said
 
 
 def test_doctor_says_what_it_found(sweeper: Sweeper) -> None:
