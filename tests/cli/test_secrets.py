@@ -97,7 +97,8 @@ def test_passwords_of_store_and_tracker_are_nowhere(
     files = [path for path in sweeper.folder.rglob("*") if path.is_file()]
     assert any(path.name == "index.html" for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    with sqlalchemy.create_engine(store.set(drivername="postgresql+psycopg")).connect() as stored:
+    address = store.set(drivername="postgresql+psycopg")
+    with sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool).connect() as stored:
         for table in ("study_user_attributes", "trial_user_attributes"):
             rows = stored.execute(sqlalchemy.text(f"SELECT value_json FROM {table}")).scalars()
             assert SECRET not in "".join(rows)
