@@ -163,7 +163,6 @@ def postgres(folder: Path, address: str, log: Path) -> Iterator[str]:
 
         wait_for(created, "PostgreSQL answers", _START_S)
         engine.dispose()
-        engine.dispose()
         yield url.set(database="sweeper").render_as_string(hide_password=False)
     finally:
         process.send_signal(signal.SIGINT)
