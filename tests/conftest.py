@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 from small_data import learnable_images, write_idx
+
+if TYPE_CHECKING:
+    from servers.postgres import Postgres
 
 # Servers' libraries are loaded by the fixtures that start servers: the GPU tests run where none is.
 
@@ -18,31 +23,27 @@ from small_data import learnable_images, write_idx
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server that ends with the tests."""
-    pgserver = pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    yield server.get_uri()
-    server.cleanup()
+@contextlib.contextmanager
+def _postgres(folder: Path) -> Iterator[Postgres]:
+    pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
+    from servers.postgres import Postgres
+
+    with contextlib.closing(Postgres(folder / "postgres.log")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def postgres_database(postgres_server: str) -> Callable[[], str]:
-    """Creates an empty database and gives its URL."""
-    import sqlalchemy
+def postgres_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """Creates an empty database, on a server that ends with the tests, and gives its URL."""
+    with _postgres(tmp_path_factory.mktemp("postgres")) as server:
+        yield lambda: server.create(f"sweeps_{uuid.uuid4().hex[:12]}")
 
-    admin = sqlalchemy.make_url(postgres_server).set(drivername="postgresql+psycopg")
 
-    def create() -> str:
-        name = f"sweeps_{uuid.uuid4().hex[:12]}"
-        engine = sqlalchemy.create_engine(admin, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(sqlalchemy.text(f'CREATE DATABASE "{name}"'))
-        engine.dispose()
-        return admin.set(database=name).render_as_string(hide_password=False)
-
-    return create
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Postgres]:
+    """A PostgreSQL server of one's own, to be broken."""
+    with _postgres(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

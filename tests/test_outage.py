@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.postgres import Postgres
+from servers.postgres import Postgres
 
 from sweeper.controller import Outage
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
@@ -63,14 +63,6 @@ def now(url: str) -> Standing:
         return standing(store, studies.load(store, "away"))
     finally:
         store.close()
-
-
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
-    server = Postgres(tmp_path_factory.mktemp("postgres"))
-    yield server
-    server.close()
 
 
 class Slow(MemoryTracker):

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos.postgres import Postgres
 from cli.conftest import Sweeper
+from servers.postgres import Postgres
 
 from sweeper.settings import Settings
 from sweeper.store import Standing, open_store, standing, studies, tickets

@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
-from chaos.postgres import Postgres
 from cli.conftest import Sweeper
 from cli.test_launch import running, wait_for, workers_of
+from servers.postgres import Postgres
 
 TRIALS = 3
 SLOW = {"train": {"epochs": 60, "batch_size": 4}, "search": {"trials": TRIALS, "sampler": "random"}}
@@ -73,14 +72,6 @@ def test_two_launches_of_one_study_share_it(sweeper: Sweeper) -> None:
     rows = accounts(sweeper)
     assert len(rows) == TRIALS  # nothing was taken for lost
     assert len({row["worker"] for row in rows}) == 2
-
-
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
-    server = Postgres(tmp_path_factory.mktemp("postgres"))
-    yield server
-    server.close()
 
 
 def ends_within(process: subprocess.Popen[str], seconds: float) -> float:

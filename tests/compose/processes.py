@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Final
 
-import pgserver
 import psutil
 from compose.file import ROOT, Machine, mounts, seconds
+from servers.postgres import account, wheel
 
-POSTGRES: Final = Path(pgserver.__file__).parent / "pginstall" / "bin"
+POSTGRES: Final = wheel()
 PROGRAMS: Final = os.pathsep.join(
     [str(Path(sys.executable).parent), str(POSTGRES), "/usr/local/bin:/usr/bin:/bin"]
 )
@@ -33,7 +33,7 @@ class Running:
         self.machine = machine
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.command_lines: set[str] = set()
-        self._owner = _account() if os.geteuid() == 0 else None
+        self._owner = account(POSTGRES)
 
     def log(self, name: str) -> Path:
         return self.machine.folder / f"{name}.log"
@@ -190,13 +190,3 @@ class Running:
         for child in families:
             if child.is_running():
                 child.kill()
-
-
-def _account() -> int:
-    """The user that runs PostgreSQL, which refuses to run as root."""
-    import pwd
-
-    from pgserver.utils import ensure_user_exists
-
-    ensure_user_exists("pgserver")
-    return pwd.getpwnam("pgserver").pw_uid

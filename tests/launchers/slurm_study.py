@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ import own_models
 import sqlalchemy
 from cli.conftest import Sweeper
 from launchers.slurm_cluster import GPUS, NODES, SlurmCluster, missing, until
+from servers.postgres import Postgres
 
 from sweeper.controller import prepare
 from sweeper.service.agreement import differences
@@ -111,45 +111,13 @@ class Account:
 
 
 @contextlib.contextmanager
-def postgres(log: Path) -> Iterator[str]:
-    """A PostgreSQL server that other machines could reach; the URL of an empty database."""
-    import pgserver
-
+def _postgres(log: Path) -> Iterator[str]:
+    """The URL of an empty database that other machines could reach."""
     host = socket.gethostname()
-    address = socket.gethostbyname(host)
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
-    pgserver.get_server(folder).cleanup()  # it was wanted for its files: it listens nowhere
-    with (folder / "pg_hba.conf").open("a") as rules:
-        rules.write(f"host all all {address}/32 trust\n")
-    with socket.create_server((address, 0)) as free:
-        port = free.getsockname()[1]
-    program = Path(pgserver.__file__).parent / "pginstall/bin/postgres"
-    with log.open("ab") as stream:
-        process = subprocess.Popen(
-            [program, "-D", folder, "-h", address, "-p", str(port), "-k", ""],
-            stdout=stream,
-            stderr=stream,
-            user=folder.stat().st_uid,
-            group=folder.stat().st_gid,
-            start_new_session=True,
-        )
-    try:
-        url = sqlalchemy.make_url(f"postgresql+psycopg://postgres@{host}:{port}/postgres")
-        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
-
-        def created() -> bool:
-            with contextlib.suppress(sqlalchemy.exc.OperationalError), engine.connect() as admin:
-                admin.execute(sqlalchemy.text("CREATE DATABASE sweeper"))
-                return True
-            return False
-
-        until(created)
-        engine.dispose()
-        yield url.set(database="sweeper").render_as_string(hide_password=False)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
+    server = Postgres(log, address=socket.gethostbyname(host))
+    with contextlib.closing(server):
+        url = sqlalchemy.make_url(server.create("sweeper"))
+        yield url.set(host=host).render_as_string(hide_password=False)
 
 
 class TwoNodes:
@@ -180,7 +148,7 @@ class TwoNodes:
         """Launch the study, let SLURM interrupt its jobs, and hold the end to account."""
         folder = self._sweeper.folder
         with contextlib.ExitStack() as stack:
-            url = stack.enter_context(postgres(folder / "postgres.log"))
+            url = stack.enter_context(_postgres(folder / "postgres.log"))
             uri = stack.enter_context(_mlflow(folder / "mlflow"))
             self._environment = {
                 **self._sweeper.environment,

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -27,8 +26,8 @@ from typing import Any, Final
 from urllib.request import urlopen
 
 import psutil
-import sqlalchemy
 from cli.conftest import Sweeper
+from servers.postgres import Postgres
 
 from sweeper.service.agreement import differences
 from sweeper.settings import Settings
@@ -129,44 +128,6 @@ def _end(process: subprocess.Popen[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             member.kill()
     process.wait()
-
-
-@contextlib.contextmanager
-def postgres(folder: Path, address: str, log: Path) -> Iterator[str]:
-    """A PostgreSQL server that listens at ``address``; the URL of an empty database."""
-    import pgserver
-
-    server = pgserver.get_server(folder)
-    server.cleanup()  # it was wanted for its files: it listens nowhere
-    with (folder / "pg_hba.conf").open("a") as rules:
-        rules.write(f"host all all {_SUBNET}.0/24 trust\n")
-    owner = folder.stat().st_uid
-    program = Path(pgserver.__file__).parent / "pginstall/bin/postgres"
-    with log.open("ab") as stream:
-        process = subprocess.Popen(
-            [program, "-D", folder, "-h", address, "-p", "5432", "-c", "unix_socket_directories="],
-            stdout=stream,
-            stderr=stream,
-            user=owner,
-            group=folder.stat().st_gid,
-            start_new_session=True,
-        )
-    try:
-        url = sqlalchemy.make_url(f"postgresql+psycopg://postgres@{address}:5432/postgres")
-        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
-
-        def created() -> bool:
-            with contextlib.suppress(sqlalchemy.exc.OperationalError), engine.connect() as admin:
-                admin.execute(sqlalchemy.text("CREATE DATABASE sweeper"))
-                return True
-            return False
-
-        wait_for(created, "PostgreSQL answers", _START_S)
-        engine.dispose()
-        yield url.set(database="sweeper").render_as_string(hide_password=False)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
 
 
 @contextlib.contextmanager
@@ -325,8 +286,8 @@ class CutOff:
         with contextlib.ExitStack() as stack:
             network = stack.enter_context(Network())
             here, first, second = network.own_address, network.add(), network.add()
-            data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pg")))
-            url = stack.enter_context(postgres(data, here, folder / "postgres.log"))
+            server = Postgres(folder / "postgres.log", address=here)
+            url = stack.enter_context(contextlib.closing(server)).create("sweeper")
             uri = stack.enter_context(mlflow(folder / "mlflow", here, folder / "mlflow.log"))
             nodes = RayNodes(network, folder)
             stack.callback(nodes.close)
