@@ -11,13 +11,22 @@ from sweeper.errors import UsageError
 from sweeper.settings import has_password
 
 
-def _without_password(
+def _fit_to_be_typed(
     context: typer.Context, parameter: typer.CallbackParam, url: str | None
 ) -> str | None:
-    """Refuse a password that was typed: everybody on the machine reads command lines."""
+    """Refuse a password that was typed: everybody on the machine reads command lines.
+
+    And nothing at all, which an empty variable of a shell leaves: it would mean another store.
+    """
     source = context.get_parameter_source(str(parameter.name))
-    typed = source is not None and source.name == "COMMANDLINE"
-    if url is not None and typed and has_password(url):
+    if url is None or source is None or source.name != "COMMANDLINE":
+        return url
+    if not url.strip():
+        raise UsageError(
+            "--store must be followed by a URL, but got nothing; for the store in the home folder "
+            "leave the option out"
+        )
+    if has_password(url):
         raise UsageError(
             "the URL given with --store must hold no password, for everybody on this machine can "
             "read command lines; leave it out and set PGPASSWORD or PGPASSFILE (~/.pgpass), or "
@@ -35,7 +44,7 @@ StoreOption = Annotated[
         help="SQL database of the studies; for a worker also grpc://HOST:PORT. "
         "[default: SQLite in the home folder]",
         show_default=False,
-        callback=_without_password,
+        callback=_fit_to_be_typed,
     ),
 ]
 HomeOption = Annotated[

@@ -28,7 +28,7 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from sqlalchemy import event, exc
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL
 from sqlalchemy.pool import QueuePool
 
 from sweeper.errors import (
@@ -38,7 +38,7 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.private import FILE_MODE, private_file, private_folder
-from sweeper.settings import masked
+from sweeper.settings import masked, store_address
 from sweeper.store import tables
 from sweeper.store.cache import RecentStorage
 from sweeper.store.schema import create_own_tables, is_complete
@@ -144,7 +144,7 @@ def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
         MissingExtraError: PostgreSQL without psycopg, a proxy without grpcio.
         StoreUnreachableError: the server does not answer, or the file cannot be written.
     """
-    address = _address(url)
+    address = store_address(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if address.drivername == "grpc":
         from sweeper.store.remote import connect
@@ -159,31 +159,6 @@ def open_store(url: str, *, pool: int = 1, slack_s: float = 0.0) -> Store:
         else:
             backend = _open_postgres(address, pool)
     return Store(url=address, database=backend, storage=RecentStorage(backend, slack_s=slack_s))
-
-
-def _address(url: str) -> URL:
-    try:
-        address = make_url(url)
-    except (exc.ArgumentError, ValueError) as error:  # ValueError: a port that is no number
-        raise UsageError(
-            "the store must be a URL such as sqlite:///sweeps.db or "
-            "postgresql+psycopg://user@host/database, but got something that is not a URL"
-        ) from error
-    if address.drivername == "grpc":
-        return address
-    if address.drivername.partition("+")[0] not in {"sqlite", "postgresql"}:
-        raise UsageError(
-            f"the store must be SQLite or PostgreSQL, but got {address.drivername!r}; "
-            "write sqlite:///…, postgresql+psycopg://… or, for a worker, grpc://host:port"
-        )
-    if address.drivername == "postgresql":
-        address = address.set(drivername="postgresql+psycopg")
-    if address.get_backend_name() == "sqlite" and address.database in {None, "", ":memory:"}:
-        raise UsageError(
-            "a store must be a file that several processes can open, but got an in-memory "
-            "SQLite database; write sqlite:///path/to/file.db"
-        )
-    return address
 
 
 def _watchful(address: URL) -> URL:

@@ -21,7 +21,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import GrpcStorageProxy
 from sqlalchemy.engine import URL
 
-from sweeper.errors import MissingExtraError, UsageError
+from sweeper.errors import MissingExtraError
 
 METHOD: Final = "/sweeper.Store/Call"
 PORT: Final = 13000
@@ -75,15 +75,11 @@ def connect(address: URL) -> RemoteStorage:
 
     Raises:
         MissingExtraError: grpcio is not installed.
-        UsageError: the URL names no host.
         grpc.RpcError: nobody answers.
     """
-    if not address.host:
-        raise UsageError(
-            f"a proxy must be given as grpc://host:port, but got {str(address)!r} without a host"
-        )
     require_grpc()
-    host = f"[{address.host}]" if ":" in address.host else address.host
+    name = str(address.host)
+    host = f"[{name}]" if ":" in name else name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         storage = RemoteStorage(host=host, port=address.port or PORT)
