@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
 from cli.conftest import STUDY
-from typer.testing import CliRunner
 
 from sweeper.cli import app
 from sweeper.errors import UsageError
@@ -42,9 +42,10 @@ MALFORMED = {
 }
 """What may be typed, and what sweeper says to it."""
 
+SWEEPER: Any = typer.main.get_command(app)
 COMMANDS = {
     name: command
-    for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]  # it is a group
+    for name, command in SWEEPER.commands.items()
     if any(parameter.name == "store" for parameter in command.params)
 }
 
@@ -56,9 +57,11 @@ def study(tmp_path: Path) -> Path:
     return file
 
 
-def refusal(words: list[str], **environment: str) -> str:
-    done = CliRunner().invoke(app, words, env=environment)
-    return str(done.exception) if isinstance(done.exception, UsageError) else repr(done)
+def refusal(*words: str) -> str:
+    """What sweeper says to a command that it must refuse."""
+    with pytest.raises(UsageError) as caught:
+        SWEEPER.main(words, prog_name="sweeper", standalone_mode=False)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -70,7 +73,7 @@ def test_every_command_refuses_what_cannot_be_a_store(
         p.name for p in COMMANDS[name].params if p.param_type_name == "argument" and p.required
     ]
     words = [name, *(str(study) if each == "files" else "small" for each in asked)]
-    said = {url: refusal([*words, "--store", url]) for url in MALFORMED}
+    said = {url: refusal(*words, "--store", url) for url in MALFORMED}
     assert {url: text for url, text in said.items() if MALFORMED[url] not in text} == {}
     assert [path.name for path in study.parent.iterdir()] == ["study.yaml"]
 
@@ -78,15 +81,19 @@ def test_every_command_refuses_what_cannot_be_a_store(
 @pytest.mark.parametrize("words", [["--launcher", "slurm"], ["--launcher", "ray"], ["--detach"]])
 def test_a_launch_on_a_cluster_refuses_a_bad_port(words: list[str], study: Path) -> None:
     url = "postgresql://db.example.org:notaport/sweeps"
-    said = refusal(["launch", str(study), *words, "--store", url])
+    said = refusal("launch", str(study), *words, "--store", url)
     assert MALFORMED["postgresql://host:notaport/db"] in said
 
 
-def test_a_malformed_url_from_elsewhere_is_refused_without_its_password(tmp_path: Path) -> None:
+def test_a_malformed_url_from_elsewhere_is_refused_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "url"
     for url in (f"postgresql://me:{SECRET}@host:port/db", f"mysql://me:{SECRET}@host/db", SECRET):
         file.write_text(url)
-        for environment in ({"SWEEPER_STORE": url}, {"SWEEPER_STORE_FILE": str(file)}):
-            said = refusal(["status"], **environment)
+        for name, value in (("SWEEPER_STORE", url), ("SWEEPER_STORE_FILE", str(file))):
+            monkeypatch.setenv(name, value)
+            said = refusal("status")
+            monkeypatch.delenv(name)
             assert "store" in said and "must be" in said
             assert SECRET not in said
