@@ -15,7 +15,10 @@ graph launches all of them at once. What torch asks for (notes on CUDA semantics
   so that a model that does is found before the capture, which could not be undone as cleanly.
 - Random kernels read torch's default generator, which every capture knows, or generators that the
   graph was told of. A replay advances them as eager steps would, and they may be seeded between
-  replays.
+  replays. A graph keeps the generator's state that was the default one's when it was captured
+  (`sweeper.training.device.own_noise`).
+- Every graph has a memory pool of its own. Torch lets graphs share one only where they are replayed
+  one after the other, and those of several trials are replayed side by side.
 """
 
 from __future__ import annotations
@@ -67,8 +70,13 @@ class CapturedStep:
             ) from error
 
     def _capture(self, step: Callable[[], None], undo: Callable[[], None]) -> None:
+        # Where the caller is on a stream of its own, the capture is on that one, not on torch's one
+        # for all captures: cuBLAS has one workspace a stream, a graph keeps the address of the one
+        # it was captured with, and replays side by side would write into the same one.
+        current = torch.cuda.current_stream()
+        own = None if current == torch.cuda.default_stream() else current
         # thread_local: other threads (heartbeat, tracker) stay free to do as they like.
-        capturing = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        capturing = torch.cuda.graph(self._graph, stream=own, capture_error_mode="thread_local")
         stream = capturing.capture_stream
         if stream is None:
             raise CaptureError("torch has no stream to capture on")

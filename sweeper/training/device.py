@@ -92,6 +92,33 @@ def noise(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def own_noise(generator: torch.Generator) -> Iterator[None]:
+    """Let ``generator`` be torch's default one on its device: what is drawn and seeded is its.
+
+    On CUDA the default generator takes over the state itself, not a copy: a graph that is captured
+    here reads this state on every replay. With one state for all, replays side by side would draw
+    from each other's stream, and where torch keeps seed and offset on the device once a state (2.15
+    keeps them once a graph) overwrite those of a step that is still running.
+    """
+    default = noise_generator(generator.device)
+    if generator.device.type == "cuda":
+        before = default.graphsafe_get_state()
+        default.graphsafe_set_state(generator.graphsafe_get_state())
+        try:
+            yield
+        finally:
+            default.graphsafe_set_state(before)
+        return
+    saved = default.get_state()
+    default.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(default.get_state())
+        default.set_state(saved)
+
+
+@contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Let cuDNN choose the same deterministic algorithms every time; no change on a CPU.
 

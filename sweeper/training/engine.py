@@ -15,16 +15,18 @@ from sweeper.errors import UsageError
 from sweeper.models import build
 from sweeper.optim import make_loss, make_optimizer, set_lr
 from sweeper.training.capture import CapturedStep, CaptureError
-from sweeper.training.device import noise, repeatable, stream, synchronize
+from sweeper.training.device import noise, noise_generator, repeatable, stream
 from sweeper.training.evaluation import evaluate, evaluation_batch
 from sweeper.training.inputs import Inputs, Order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.state import model_state, optimizer_state, restore_optimizer
 from sweeper.training.step import Step, Totals
+from sweeper.training.turns import Steps, driven, settled
 
 _CONVOLUTIONAL = frozenset({"cnn", "resnet18", "timm"})
 """Families whose images and kernels are kept channels-last on CUDA, as its convolutions like it."""
+_CPU = torch.device("cpu")
 
 
 class Engine:
@@ -74,52 +76,64 @@ class Engine:
 
     def train(self, *, epoch: int, lr: float, before_batch: Callable[[], None]) -> Pass:
         """Train on every image once. ``before_batch`` may raise to end early."""
+        seed = stream(self._config.train.seed, "noise", epoch)
+        with repeatable(self._device), noise(self._device, seed):
+            return driven(self.training(epoch=epoch, lr=lr), before_batch)
+
+    def training(self, *, epoch: int, lr: float) -> Steps[Pass]:
+        """As :meth:`train`, with pauses. Draws from torch's default generator, which it seeds."""
         seed, step = self._config.train.seed, self._step
         set_lr(step.optimizer, lr)
         self._order.shuffle(stream(seed, "order", epoch))
+        noise_generator(self._device).manual_seed(stream(seed, "noise", epoch))
         step.totals.clear()
         step.model.train()
-        synchronize(self._device)
+        yield from settled(self._device)
         started = time.perf_counter()
-        with repeatable(self._device), noise(self._device, stream(seed, "noise", epoch)):
-            self._all_batches(before_batch)
-        synchronize(self._device)
+        yield from self._all_batches()
+        yield from settled(self._device)
         seconds = time.perf_counter() - started
         loss, accuracy = step.totals.means(len(self.inputs))
         return Pass(loss=loss, accuracy=accuracy, seconds=seconds)
 
-    def _all_batches(self, before_batch: Callable[[], None]) -> None:
+    def _all_batches(self) -> Steps[None]:
         step, graph = self._step, self._graph
         for index_B in self._order.batches():
-            before_batch()
+            yield None
             if graph is None:
                 step.full(index_B)
             else:
                 graph.replay()
         if self._order.tail:
-            before_batch()
+            yield None
             step.partial(self._order.rest())
 
     def evaluate(self, inputs: Inputs, before_batch: Callable[[], None]) -> Pass:
         """Loss and accuracy on ``inputs``, with the weights as they are."""
-        started = time.perf_counter()
         with repeatable(self._device):
-            loss, accuracy = evaluate(
-                self.model,
-                inputs,
-                loss=self._step.loss,
-                precision=self.precision,
-                batch=self._evaluation_batch,
-                before_batch=before_batch,
-            )
+            return driven(self.evaluation(inputs), before_batch)
+
+    def evaluation(self, inputs: Inputs) -> Steps[Pass]:
+        """As :meth:`evaluate`, with pauses."""
+        started = time.perf_counter()
+        loss, accuracy = yield from evaluate(
+            self.model,
+            inputs,
+            loss=self._step.loss,
+            precision=self.precision,
+            batch=self._evaluation_batch,
+        )
         return Pass(loss=loss, accuracy=accuracy, seconds=time.perf_counter() - started)
 
-    def state(self) -> dict[str, Any]:
-        """Model, optimizer and loss scaling, as `sweeper.training.state` describes it."""
+    def state(self, device: torch.device = _CPU) -> dict[str, Any]:
+        """Model, optimizer and loss scaling, as `sweeper.training.state` describes it.
+
+        ``device``: where the copies are kept.
+        """
         scaler = self._step.scaler
         return {
-            "model": model_state(self.model),
-            "optimizer": optimizer_state(self._step.optimizer),
+            "model": model_state(self.model, device),
+            "optimizer": optimizer_state(self._step.optimizer, device),
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
 

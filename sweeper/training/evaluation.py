@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -14,6 +13,7 @@ from sweeper.optim import Loss
 from sweeper.training.inputs import Inputs
 from sweeper.training.precision import Precision
 from sweeper.training.step import Totals
+from sweeper.training.turns import Steps, settled
 
 _VALUES_A_BATCH: Final = {"cpu": 2**18, "cuda": 2**24}
 _LARGEST_BATCH: Final = 4096
@@ -39,19 +39,19 @@ def evaluate(
     loss: Loss,
     precision: Precision,
     batch: int,
-    before_batch: Callable[[], None],
-) -> tuple[float, float]:
+) -> Steps[tuple[float, float]]:
     """Mean loss and accuracy over all of ``inputs``; ``model`` is left in evaluation mode.
 
-    The loss is the one that is trained on, label smoothing included. ``before_batch`` is called
-    before every batch, and may raise to end early.
+    The loss is the one that is trained on, label smoothing included.
     """
     model.eval()
-    totals = Totals(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    totals = Totals(device)
     for start in range(0, len(inputs), batch):
-        before_batch()
+        yield None
         x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
         with precision.forward():
             logits_BK = model(x_BCHW)
         totals.add(loss(logits_BK, labels_B), logits_BK, labels_B)
+    yield from settled(device)
     return totals.means(len(inputs))

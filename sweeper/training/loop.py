@@ -18,6 +18,7 @@ from sweeper.training.inputs import Inputs
 from sweeper.training.layers import layer_statistics
 from sweeper.training.network import NetworkTrial
 from sweeper.training.state import model_state
+from sweeper.training.turns import Steps
 
 
 class NetworkTraining(NetworkTrial, Training):
@@ -65,6 +66,11 @@ class NetworkTraining(NetworkTrial, Training):
             if self._engine is not None:
                 self._engine.drop_graph()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the model is gone."""
+        return self._engine is None
+
     def close(self) -> None:
         """See :meth:`Trial.close`."""
         if self._engine is not None:
@@ -94,9 +100,27 @@ class NetworkTraining(NetworkTrial, Training):
     def _run_epoch(self, poll: Poll) -> Measurement:
         engine, validation = self._open()
         trained = engine.train(epoch=self._epoch + 1, lr=self._schedule.lr, before_batch=poll)
-        statistics = layer_statistics(engine.model) if self.config.train.layer_statistics else {}
-        validated = engine.evaluate(validation, poll)
-        return self._concluded(trained, validated, statistics)
+        return self._concluded(trained, engine.evaluate(validation, poll), self._statistics(engine))
+
+    def steps(self) -> Steps[Measurement]:
+        """One epoch with pauses, for several trials in turn (`sweeper.training.crew`).
+
+        To close it before its end, and whatever is raised in it, puts the trial back to where it
+        was. Draws from torch's default generator, which it seeds.
+        """
+        engine, validation = self._open()
+        before = engine.state(self.device)
+        try:
+            trained = yield from engine.training(epoch=self._epoch + 1, lr=self._schedule.lr)
+            validated = yield from engine.evaluation(validation)
+            measurement = self._concluded(trained, validated, self._statistics(engine))
+        except BaseException:
+            engine.restore(before)
+            raise
+        return measurement
+
+    def _statistics(self, engine: Engine) -> dict[str, float]:
+        return layer_statistics(engine.model) if self.config.train.layer_statistics else {}
 
     def _open(self) -> tuple[Engine, Inputs]:
         if self._engine is None or self._validation is None:

@@ -53,6 +53,16 @@ class NetworkTrial(Trial):
         self._epoch = 0
         self._best: Best | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done: then there is nothing to train."""
+        return self._epoch >= self.config.train.epochs
+
+    @property
+    def testable(self) -> bool:
+        """Whether there are best weights to test, and they were not tested yet."""
+        return self._best is not None and self._test is None
+
     def best_weights(self) -> dict[str, Tensor]:
         """See :meth:`Trial.best_weights`."""
         return {name: value.cpu() for name, value in self._decided().weights.items()}

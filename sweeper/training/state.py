@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of ``model``, running statistics included, copied to the CPU."""
-    return {name: _copied(value) for name, value in model.state_dict().items()}
+_CPU = torch.device("cpu")
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The state of every parameter by its position, copied to the CPU; no hyper-parameters."""
+def model_state(model: nn.Module, device: torch.device = _CPU) -> dict[str, Tensor]:
+    """Parameters and buffers of ``model``, running statistics included, copied to ``device``."""
+    return {name: _copied(value, device) for name, value in model.state_dict().items()}
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, device: torch.device = _CPU
+) -> dict[int, dict[str, Any]]:
+    """The state of every parameter by its position, copied to ``device``; no hyper-parameters."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
         position: {
-            name: _copied(value) if isinstance(value, Tensor) else value
+            name: _copied(value, device) if isinstance(value, Tensor) else value
             for name, value in of_parameter.items()
         }
         for position, of_parameter in state.items()
@@ -53,5 +57,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[st
                     value.zero_()
 
 
-def _copied(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
+def _copied(value: Tensor, device: torch.device) -> Tensor:
+    return value.detach().to(device, copy=True)

@@ -15,6 +15,7 @@ from sweeper.data import Dataset
 from sweeper.training import best_device, prepare
 from sweeper.training.capture import _waiting_forbidden
 from sweeper.training.cohort import Cohort, Member
+from sweeper.training.turns import driven
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,4 +131,4 @@ def test_the_host_never_waits_within_an_epoch(model: str, bench: Bench) -> None:
     engine._template.train()
     engine._rewind()
     with _waiting_forbidden():
-        engine._all_batches(lambda: None)
+        driven(engine._all_batches(), lambda: None)

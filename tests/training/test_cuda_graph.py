@@ -23,6 +23,7 @@ from sweeper.data import Dataset
 from sweeper.training import CaptureError, best_device, estimate_s, prepare
 from sweeper.training.capture import _waiting_forbidden
 from sweeper.training.loop import NetworkTraining
+from sweeper.training.turns import driven
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,7 +219,7 @@ def test_the_host_never_waits_within_an_epoch(model: str, graph: str, train: Tra
     assert engine is not None
     engine.train(epoch=1, lr=LR, before_batch=lambda: None)  # cuDNN and cuBLAS get ready
     with _waiting_forbidden():
-        engine._all_batches(lambda: None)
+        driven(engine._all_batches(), lambda: None)
 
 
 def test_compiled_and_captured_steps_equal_eager_ones(train: Trainer) -> None:

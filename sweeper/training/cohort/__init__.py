@@ -2,11 +2,22 @@
 
 ``rules`` say which trials fit together, ``members`` are what a worker sees, ``engine`` trains them,
 with the update rules of ``optimizer``, the random streams of ``noise``, the ``losses`` and the
-matrices of ``state``. ``sizing`` measures how many at once are the fastest.
+matrices of ``state``. ``sizing`` measures how many at once are the fastest, as a cohort or side by
+side (`sweeper.training.crew`).
 """
 
 from sweeper.training.cohort.members import Cohort, Member
-from sweeper.training.cohort.rules import structure, why_alone
-from sweeper.training.cohort.sizing import best_size
+from sweeper.training.cohort.rules import Way, structure, why_alone, why_not_beside
+from sweeper.training.cohort.sizing import Choice, best_way, known_way
 
-__all__ = ["Cohort", "Member", "best_size", "structure", "why_alone"]
+__all__ = [
+    "Choice",
+    "Cohort",
+    "Member",
+    "Way",
+    "best_way",
+    "known_way",
+    "structure",
+    "why_alone",
+    "why_not_beside",
+]

@@ -29,11 +29,12 @@ from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
 from sweeper.training.cohort.optimizer import CohortOptimizer
 from sweeper.training.cohort.state import Layout, Numbers
-from sweeper.training.device import repeatable, stream, synchronize
+from sweeper.training.device import repeatable, stream
 from sweeper.training.evaluation import evaluation_batch
 from sweeper.training.inputs import Inputs, batches_of, drawn_order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
+from sweeper.training.turns import Steps, driven, settled
 
 
 @dataclass(kw_only=True)
@@ -123,21 +124,25 @@ class CohortEngine:
         self, *, epochs: Sequence[int], lrs: Sequence[float], before_batch: Callable[[], None]
     ) -> list[Pass]:
         """Every seat's next epoch, which has its own number and learning rate."""
+        with repeatable(self._device):
+            return driven(self.training(epochs=epochs, lrs=lrs), before_batch)
+
+    def training(self, *, epochs: Sequence[int], lrs: Sequence[float]) -> Steps[list[Pass]]:
+        """As :meth:`train`, with pauses."""
         seeds = [seat.config.train.seed for seat in self.seats]
         self._before.copy_(self._numbers)
         self._remembers = True
         self._configure(lrs)
         self._template.train()
-        with repeatable(self._device):
-            self._capture()
-            counted = list(zip(seeds, epochs, strict=True))
-            self._shuffle([stream(seed, "order", epoch) for seed, epoch in counted])
-            self._noise.seed([stream(seed, "noise", epoch) for seed, epoch in counted])
-            self._totals.clear()
-            synchronize(self._device)
-            started = time.perf_counter()
-            self._all_batches(before_batch)
-        synchronize(self._device)
+        self._capture()
+        counted = list(zip(seeds, epochs, strict=True))
+        self._shuffle([stream(seed, "order", epoch) for seed, epoch in counted])
+        self._noise.seed([stream(seed, "noise", epoch) for seed, epoch in counted])
+        self._totals.clear()
+        yield from settled(self._device)
+        started = time.perf_counter()
+        yield from self._all_batches()
+        yield from settled(self._device)
         seconds = time.perf_counter() - started
         return self._totals.passes(len(self.inputs), seconds)
 
@@ -146,16 +151,18 @@ class CohortEngine:
         if self.seats and self._remembers:
             self._numbers.copy_(self._before)
 
-    def evaluate(self, inputs: Inputs, before_batch: Callable[[], None]) -> list[Pass]:
-        """Every seat's loss and accuracy on ``inputs``."""
-        return self._evaluated(self._numbers, self._loss, inputs, before_batch)
+    def evaluation(self, inputs: Inputs) -> Steps[list[Pass]]:
+        """Every seat's loss and accuracy on ``inputs``, with pauses."""
+        return self._evaluated(self._numbers, self._loss, inputs)
 
     def evaluate_states(
         self, states: Sequence[tuple[TrialConfig, Mapping[str, Tensor]]], inputs: Inputs
     ) -> list[Pass]:
         """Loss and accuracy on ``inputs`` of any models, each the ``state_dict`` of a member."""
         numbers = Numbers.stacked([Numbers.of_state(state, self.layout) for _, state in states])
-        return self._evaluated(numbers, self._loss_of([c for c, _ in states]), inputs, lambda: None)
+        steps = self._evaluated(numbers, self._loss_of([c for c, _ in states]), inputs)
+        with repeatable(self._device):
+            return driven(steps, lambda: None)
 
     def drop_graph(self) -> None:
         """Free the CUDA graph; the next epoch captures a new one."""
@@ -191,15 +198,15 @@ class CohortEngine:
     def _rewind(self) -> None:
         torch.arange(len(self._next_B), out=self._next_B)
 
-    def _all_batches(self, before_batch: Callable[[], None]) -> None:
+    def _all_batches(self) -> Steps[None]:
         for _ in range(self._full):
-            before_batch()
+            yield None
             if self._graph is None:
                 self._following()
             else:
                 self._graph.replay()
         if self._tail:
-            before_batch()
+            yield None
             self._step(self._order_KN[:, len(self.inputs) - self._tail :])
 
     def _following(self) -> None:
@@ -238,25 +245,19 @@ class CohortEngine:
         return functional_call(self._template, named, (x_BCHW,))
 
     @torch.no_grad()
-    def _evaluated(
-        self,
-        numbers: Numbers,
-        loss: CohortLoss,
-        inputs: Inputs,
-        before_batch: Callable[[], None],
-    ) -> list[Pass]:
+    def _evaluated(self, numbers: Numbers, loss: CohortLoss, inputs: Inputs) -> Steps[list[Pass]]:
         self._template.eval()
         slots = len(numbers.weights)
         totals, batch = _Totals(slots, self._device), max(1, self._evaluation_batch // slots)
         forward = vmap(self._logits, in_dims=(0, 0, None))
         started = time.perf_counter()
-        with repeatable(self._device):
-            for start in range(0, len(inputs), batch):
-                before_batch()
-                x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
-                with self._forward():
-                    logits_KBC = forward(numbers.weights, numbers.buffers, x_BCHW)
-                totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
+        for start in range(0, len(inputs), batch):
+            yield None
+            x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
+            with self._forward():
+                logits_KBC = forward(numbers.weights, numbers.buffers, x_BCHW)
+            totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
+        yield from settled(self._device)
         passes = totals.passes(len(inputs))
         seconds = time.perf_counter() - started
         return [Pass(loss=p.loss, accuracy=p.accuracy, seconds=seconds) for p in passes]

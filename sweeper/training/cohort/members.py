@@ -28,8 +28,9 @@ from sweeper.training.cohort.state import (
     model_state,
     optimizer_state,
 )
-from sweeper.training.device import forget_peak_memory
+from sweeper.training.device import forget_peak_memory, repeatable
 from sweeper.training.network import NetworkTrial, Pass
+from sweeper.training.turns import Steps, driven
 
 _IDLE_SHARE: Final = 0.25
 """So many slots of a captured step may stay empty: a smaller step has to be captured anew."""
@@ -64,6 +65,10 @@ class Cohort:
         """Whether the common step is a CUDA graph, and if not, why."""
         return self._open().graph
 
+    def takes(self, kind: str, dataset: Dataset) -> bool:
+        """Whether a trial of this structure and data set may join."""
+        return self._engine is not None and kind == self.structure and dataset is self._dataset
+
     def join(
         self, config: TrialConfig, *, objective: tuple[str, bool] = ("val_accuracy", True)
     ) -> Member:
@@ -91,29 +96,30 @@ class Cohort:
         Whatever is raised, memory that does not suffice included, all members are afterwards where
         they were before.
         """
+        with repeatable(self._device):
+            return driven(self.steps(), Poll(interrupt))
+
+    def steps(self) -> Steps[list[tuple[Member, Measurement]]]:
+        """As :meth:`epoch`, with pauses; to close it before its end puts all members back."""
         engine = self._open()
         self._settle(engine)
         if not self._slots:
             return []
         try:
-            return self._run_epoch(engine, Poll(interrupt))
+            plans = [slot.upcoming if slot is not None else (1, 0.0) for slot in self._slots]
+            trained = yield from engine.training(
+                epochs=[epoch for epoch, _ in plans], lrs=[lr for _, lr in plans]
+            )
+            validated = yield from engine.evaluation(self._validation)
+            measured = [
+                (member, member._concluded(one, other))
+                for member, one, other in zip(self._slots, trained, validated, strict=True)
+                if member is not None
+            ]
         except BaseException:
             engine.roll_back()
             raise
-
-    def _run_epoch(self, engine: CohortEngine, poll: Poll) -> list[tuple[Member, Measurement]]:
-        plans = [slot.upcoming if slot is not None else (1, 0.0) for slot in self._slots]
-        trained = engine.train(
-            epochs=[epoch for epoch, _ in plans],
-            lrs=[lr for _, lr in plans],
-            before_batch=poll,
-        )
-        validated = engine.evaluate(self._validation, poll)
-        return [
-            (member, member._concluded(one, other))
-            for member, one, other in zip(self._slots, trained, validated, strict=True)
-            if member is not None
-        ]
+        return measured
 
     def test(self, members: Sequence[Member]) -> None:
         """Read the test set for these members, in one pass; their ``test()`` then knows it.
@@ -206,14 +212,9 @@ class Member(NetworkTrial):
         return self._epoch + 1, self._schedule.lr
 
     @property
-    def finished(self) -> bool:
-        """Whether all epochs are done: then there is nothing to train."""
-        return self._epoch >= self.config.train.epochs
-
-    @property
     def testable(self) -> bool:
-        """Whether there are best weights to test, and they were not tested yet."""
-        return self._seat is not None and self._best is not None and self._test is None
+        """See :meth:`NetworkTrial.testable`."""
+        return self._seat is not None and super().testable
 
     def states_to_test(self) -> list[tuple[TrialConfig, Mapping[str, Tensor]]]:
         """The model after the last epoch, and after the best one."""

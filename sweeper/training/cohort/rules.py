@@ -1,15 +1,20 @@
-"""Which trials can train as one batch."""
+"""Which trials can train as one batch, and which can train beside others at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 from sweeper.config import TrialConfig
+from sweeper.config.model import Svm
 from sweeper.space import FUSIBLE
+
+Way = Literal["alone", "cohort", "streams"]
+"""How a trial trains: by itself in its worker, in one batch with others of its structure, or beside
+others with a captured step and a stream of its own."""
 
 FAMILIES: Final = frozenset({"mlp", "mixer", "cnn", "vit"})
 """Models whose forward pass gives every member what it gives alone (tested in float64)."""
@@ -33,6 +38,15 @@ def why_alone(config: TrialConfig, device: torch.device) -> str | None:
         return "layer statistics are taken from one model's gradients"
     if train.graph == "on" and device.type != "cuda":
         return "train.graph: on needs a CUDA device"
+    return None
+
+
+def why_not_beside(config: TrialConfig) -> str | None:
+    """Why a trial of this configuration cannot train beside others at all, or None if it can."""
+    if isinstance(config.model, Svm):
+        return "a support vector machine has no steps that others could take turns with"
+    if config.train.compile == "on":
+        return "train.compile is on, and compiling would keep all others waiting"
     return None
 
 

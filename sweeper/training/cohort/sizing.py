@@ -1,8 +1,9 @@
-"""How many trials at once are the fastest for a structure on a device: measured once, remembered.
+"""How many trials at once, and in which way, are the fastest for a structure on a device: measured
+once, remembered.
 
-A cohort of K copies of the configuration is trained on a few batches of its own data set, for
-growing K, until more bring nothing or memory does not suffice. One trial alone is measured as it
-would run alone, with its own CUDA graph.
+Copies of the configuration are trained on a few batches of its own data set, as a cohort and in
+lanes of their own (`sweeper.training.lanes`), for growing numbers, until more bring nothing or
+memory does not suffice. One trial alone is measured as it would run alone, with its own CUDA graph.
 """
 
 from __future__ import annotations
@@ -12,51 +13,92 @@ import gc
 import json
 import logging
 import os
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
 from sweeper.training.cohort.engine import CohortEngine
-from sweeper.training.cohort.rules import structure
+from sweeper.training.cohort.rules import Way, structure, why_alone
 from sweeper.training.engine import Engine
+from sweeper.training.lanes import Lane, all_done
+from sweeper.training.network import Pass
 
 _log = logging.getLogger(__name__)
 SIZES: Final = (1, 4, 16, 64, 256)
+_MOST_STREAMS: Final = 32
+"""Torch has so many streams a device; more lanes would share them."""
 _BATCHES: Final = 20
 _WORTH: Final = 1.05
 """More trials at once have to train so many times as fast as fewer; else fewer are better."""
 _MEMORY_SHARE: Final = 0.9
 
+Rates = Mapping[int, float]
+"""Images a second, all trials together, by the number of trials at once."""
 
-def best_size(config: TrialConfig, *, dataset: Dataset, device: torch.device, file: Path) -> int:
-    """The number of trials at once with the most images a second in all.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How trials of a structure train fastest on a device.
+
+    ``size`` of them at once in this ``way``. ``beside``: how many at once are the fastest in lanes
+    of their own, which is what counts beside trials of other structures; 1 where nothing is won.
+    """
+
+    way: Way
+    size: int
+    beside: int
+
+
+def best_way(config: TrialConfig, *, dataset: Dataset, device: torch.device, file: Path) -> Choice:
+    """The way and the number with the most images a second in all.
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
     read or written costs a measurement, never a trial.
     """
-    key = f"{structure(config)} {_device_name(device)} torch {torch.__version__}"
-    known = _read(file)
-    if key in known:
-        return int(known[key]["size"])
-    rates = throughputs(config, dataset=dataset, device=device)
-    size = chosen(rates)
-    _log.info(
-        "trials at once on %s, images a second in all: %s; taken: %d",
-        _device_name(device),
-        ", ".join(f"{k}: {rate:,.0f}" for k, rate in rates.items()),
-        size,
-    )
-    _write(file, {**_read(file), key: {"size": size, "samples_per_s": rates}})
-    return size
+    known = known_way(config, device=device, file=file)
+    if known is not None:
+        return known
+    ways: list[Way] = ["streams"] if why_alone(config, device) else ["cohort", "streams"]
+    rates = throughputs(config, dataset=dataset, device=device, ways=ways)
+    choice = chosen_way(rates)
+    for way, found in rates.items():
+        text = ", ".join(f"{k}: {rate:,.0f}" for k, rate in found.items())
+        name = _device_name(device)
+        _log.info("trials at once on %s by %s, images a second in all: %s", name, way, text)
+    _log.info("taken: %s, %d at once", choice.way, choice.size)
+    entry = {**asdict(choice), "samples_per_s": rates}
+    _write(file, {**_read(file), _key(config, device): entry})
+    return choice
 
 
-def chosen(rates: Mapping[int, float]) -> int:
+def known_way(config: TrialConfig, *, device: torch.device, file: Path) -> Choice | None:
+    """What was measured for the structure before, or None."""
+    found = _read(file).get(_key(config, device))
+    try:
+        way, size, beside = found["way"], int(found["size"]), int(found["beside"])
+    except (KeyError, TypeError, ValueError):  # none, or written before there were several ways
+        return None
+    return Choice(way=way, size=size, beside=beside) if way in get_args(Way) else None
+
+
+def chosen_way(rates: Mapping[Way, Rates]) -> Choice:
+    """The way whose best number is the fastest; a cohort where both are equal."""
+    sizes = {way: chosen(found) for way, found in rates.items()}
+    beside = sizes.get("streams", 1)
+    best = max(sizes, key=lambda way: (rates[way].get(sizes[way], 0.0), way == "cohort"))
+    if sizes[best] == 1:
+        return Choice(way="alone", size=1, beside=1)
+    return Choice(way=best, size=sizes[best], beside=beside)
+
+
+def chosen(rates: Rates) -> int:
     """The smallest number that no larger one beats by what makes it worth it."""
     best = 1
     for size in sorted(rates):
@@ -70,10 +112,11 @@ def throughputs(
     *,
     dataset: Dataset,
     device: torch.device,
-    sizes: Sequence[int] = SIZES,
+    ways: Sequence[Way] = ("cohort", "streams"),
+    sizes: Sequence[int] | None = None,
     batches: int = _BATCHES,
-) -> dict[int, float]:
-    """Images a second, all trials together, by the number of trials at once.
+) -> dict[Way, dict[int, float]]:
+    """Images a second, all trials together, by way and number of trials at once.
 
     Larger numbers are not tried once one of them is slower than the one before, or once it is to
     be expected that memory does not suffice.
@@ -81,27 +124,47 @@ def throughputs(
     count = min(len(dataset.train), batches * config.train.batch_size)
     part = Part(images=dataset.train.images[:count], labels=dataset.train.labels[:count])
     few = replace(dataset, train=part)
-    rates: dict[int, float] = {}
-    before = 0.0
-    for size in sizes:
-        try:
-            with _memory(device) as used:
-                rate = count * size / _seconds(config, few, device, size)
-        except (MemoryError, torch.OutOfMemoryError):
-            _log.info("memory does not suffice for %d trials at once", size)
-            break
-        rates[size] = rate
-        following = min((each for each in sizes if each > size), default=size)
-        if rate < before or used[0] * following / size > _MEMORY_SHARE:
-            break
-        before = rate
+    one, *more = sizes or SIZES
+    alone, used = _rate(config, few, device, one, "alone")
+    if alone is None:
+        return {way: {} for way in ways}
+    rates: dict[Way, dict[int, float]] = {way: {one: alone} for way in ways}
+    for way in ways:
+        before, size, share = alone, one, used
+        for following in more:
+            too_many = way == "streams" and following > _MOST_STREAMS
+            if too_many or share * following / size > _MEMORY_SHARE:
+                break
+            rate, share = _rate(config, few, device, following, way)
+            if rate is None:
+                break
+            rates[way][following] = rate
+            if rate < before:
+                break
+            before, size = rate, following
     return rates
 
 
-def _seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: int) -> float:
+def _rate(
+    config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+) -> tuple[float | None, float]:
+    """Images a second, None where memory does not suffice, and the share of memory it took."""
+    used = [0.0]
+    try:
+        with _memory(device) as used:
+            rate = len(dataset.train) * size / _seconds(config, dataset, device, size, way)
+    except (MemoryError, torch.OutOfMemoryError):
+        _log.info("memory does not suffice for %d trials at once (%s)", size, way)
+        return None, used[0]
+    return rate, used[0]
+
+
+def _seconds(
+    config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+) -> float:
     """Seconds of one pass, after one that warms up."""
     lr = config.optimizer.lr
-    if size == 1:
+    if way == "alone":
         engine = Engine(config, dataset=dataset, device=device)
         try:
             return min(
@@ -109,6 +172,9 @@ def _seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: 
             )
         finally:
             engine.drop_graph()
+    if way == "streams":
+        with side_by_side([config] * size, dataset=dataset, device=device) as run:
+            return min(run(), run())
     cohort = CohortEngine(config, dataset=dataset, device=device)
     try:
         cohort.arrange([cohort.seat(config) for _ in range(size)])
@@ -118,6 +184,33 @@ def _seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: 
         )
     finally:
         cohort.drop_graph()
+
+
+@contextlib.contextmanager
+def side_by_side(
+    configs: Sequence[TrialConfig], *, dataset: Dataset, device: torch.device
+) -> Iterator[Callable[[], float]]:
+    """Trains these in lanes of their own, an epoch each, as often as it is called; the seconds."""
+    lanes = [Lane[Pass](device) for _ in configs]
+    engines: list[Engine] = []
+
+    def run() -> float:
+        began = time.perf_counter()
+        for lane, engine, config in zip(lanes, engines, configs, strict=True):
+            lane.begin(engine.training(epoch=1, lr=config.optimizer.lr))
+        all_done(lanes, _nothing)
+        return time.perf_counter() - began
+
+    try:
+        for lane, config in zip(lanes, configs, strict=True):
+            with lane.entered():
+                engines.append(Engine(config, dataset=dataset, device=device))
+        yield run
+    finally:
+        for lane in lanes:
+            lane.stop()
+        for engine in engines:
+            engine.drop_graph()
 
 
 @contextlib.contextmanager
@@ -137,6 +230,10 @@ def _memory(device: torch.device) -> Iterator[list[float]]:
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _key(config: TrialConfig, device: torch.device) -> str:
+    return f"{structure(config)} {_device_name(device)} torch {torch.__version__}"
 
 
 def _device_name(device: torch.device) -> str:
