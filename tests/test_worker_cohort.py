@@ -15,6 +15,7 @@ from worker_bench import Bench
 from sweeper.measurement import SUMMARY_METRICS
 from sweeper.store import Control, recovery, studies, workers
 from sweeper.store.workers import Presence
+from sweeper.training.cohort import Choice
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.engine import Engine
 
@@ -109,14 +110,14 @@ def test_a_worker_leaves_the_others_their_share(bench: MakeBench) -> None:
     other = Presence(name="other", host="h", pid=1, device="cpu", launcher="manual")
     workers.tell(found.store, other)
     at_once: list[int] = []
-    original = CohortEngine.train
+    original = CohortEngine.training
 
-    def train(engine: CohortEngine, **arguments: Any) -> Any:
+    def training(engine: CohortEngine, **arguments: Any) -> Any:
         at_once.append(len(engine.seats))
         return original(engine, **arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CohortEngine, "train", train)
+        patch.setattr(CohortEngine, "training", training)
         found.worker.run()
     assert found.now.counts["complete"] == 6
     assert at_once[:3] == [3, 3, 3]
@@ -127,9 +128,8 @@ def test_auto_measures_only_where_company_is_to_be_expected(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three grid points of each width; a device that is no CPU is pretended."""
-    monkeypatch.setattr(
-        "sweeper.worker.cohorts.measured_size", lambda *arguments, **further: 2, raising=True
-    )
+    choice = Choice(way="cohort", size=2, beside=1)
+    monkeypatch.setattr("sweeper.worker.cohorts.measured_choice", lambda *arguments: choice)
     monkeypatch.setattr("sweeper.worker.cohorts.fuses_by_itself", lambda device: True)
     found = bench(
         resources={"cohort": "auto"},
@@ -148,13 +148,13 @@ def test_auto_does_not_measure_for_a_trial_without_company(
     def measured(*arguments: Any, **further: Any) -> int:
         raise RuntimeError("measured for nothing")
 
-    monkeypatch.setattr("sweeper.worker.cohorts.measured_size", measured)
+    monkeypatch.setattr("sweeper.worker.cohorts.measured_choice", measured)
     monkeypatch.setattr("sweeper.worker.cohorts.fuses_by_itself", lambda device: True)
-    found = bench(resources={"cohort": "auto"}, parameters={"model.width": {"values": [16, 8]}})
+    found = bench(resources={"cohort": "auto"}, parameters={"model.width": {"values": [16]}})
     found.worker.run()
-    assert found.now.counts["complete"] == 2
+    assert found.now.counts["complete"] == 1
     for run in found.tracker.runs.values():
-        assert "no other trial of its structure" in run.tags["sweeper.note.cohort"]
+        assert "no other trial is known" in run.tags["sweeper.note.cohort"]
 
 
 def test_a_sampler_is_asked_in_the_order_of_the_queue(bench: MakeBench) -> None:
@@ -364,10 +364,13 @@ def test_after_a_crash_each_is_trained_alone_and_the_guilty_one_is_found(
         assert row["values"].expected == expected[number]["values"]
 
 
+SEEDS = {"train.seed": {"values": [0, 1, 2, 3, 4, 5]}}
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"optimizer": {"name": "rmsprop"}}, "optimizer rmsprop is none of"),
+        ({"model": {"name": "svm"}, "parameters": SEEDS}, "a support vector machine"),
         ({"objective": ["val_accuracy", "seconds"]}, "the objective seconds depends on"),
     ],
 )

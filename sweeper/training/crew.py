@@ -69,7 +69,7 @@ class Crew:
 
     def __init__(self, device: torch.device) -> None:
         forget_peak_memory(device)
-        self._device = device
+        self.device = device
         self._places: list[_Place] = []
         self._turns: deque[Lane[Measured]] = deque()
         self._spare: list[Lane[Measured]] = []
@@ -102,10 +102,10 @@ class Crew:
         """
         if reason := why_not_beside(config):
             raise UsageError(f"this trial has to train alone: {reason}")
-        fused = way == "cohort" and why_alone(config, self._device) is None
+        fused = way == "cohort" and why_alone(config, self.device) is None
         kind = structure(config)
         place = self._place_of(kind, dataset) if fused else None
-        lane = place.lane if place else self._spare.pop() if self._spare else Lane(self._device)
+        lane = place.lane if place else self._spare.pop() if self._spare else Lane(self.device)
         member: NetworkTrial
         try:
             with lane.entered():
@@ -113,7 +113,7 @@ class Crew:
                     place = _Place(
                         lane=lane,
                         structure=kind,
-                        trains=Cohort(config, dataset=dataset, device=self._device)
+                        trains=Cohort(config, dataset=dataset, device=self.device)
                         if fused
                         else self._training(config, dataset, objective),
                     )
@@ -145,7 +145,7 @@ class Crew:
         if not self._turns:
             return []
         try:
-            with repeatable(self._device):
+            with repeatable(self.device):
                 lane = first_done(self._turns, Poll(interrupt))
         except BaseException:
             self.rewind()
@@ -213,4 +213,4 @@ class Crew:
     def _training(
         self, config: TrialConfig, dataset: Dataset, objective: tuple[str, bool]
     ) -> NetworkTraining:
-        return NetworkTraining(config, dataset=dataset, device=self._device, objective=objective)
+        return NetworkTraining(config, dataset=dataset, device=self.device, objective=objective)

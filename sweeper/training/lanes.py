@@ -48,7 +48,9 @@ class Lane(Generic[T]):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # no types there
         self._generator = torch.Generator(device=device)
         self._queued: deque[Awaited] = deque()
         self._awaited: Awaited | None = None

@@ -53,7 +53,6 @@ def settled(device: torch.device) -> Steps[None]:
     """Pauses until the device has done what is queued on the current stream; no pause on a CPU."""
     if device.type != "cuda":
         return
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(device))
+    done: Awaited = torch.cuda.current_stream(device).record_event()
     while not done.query():
         yield done

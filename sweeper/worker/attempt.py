@@ -38,6 +38,7 @@ _STATE_TAGS: Final = {
     Outcome.DIVERGED: "pruned",
     Outcome.PREEMPTED: "waiting",
 }
+_NAMED: Final = 20
 
 T = TypeVar("T")
 
@@ -46,8 +47,10 @@ T = TypeVar("T")
 class Attempt:
     """One claimed trial on its way through training, store and tracker.
 
-    Alone it is :meth:`run`. In a cohort, which trains many at once, whoever steps the cohort calls
-    :meth:`announce`, :meth:`begin`, :meth:`measured` after every epoch, and :meth:`end`.
+    Alone it is :meth:`run`. Where many train at once, whoever steps them calls :meth:`announce`,
+    :meth:`begin`, :meth:`measured` after every epoch, and :meth:`end`.
+    ``mates`` and ``beside`` are the numbers of trials that trained in one batch with it, and in
+    lanes of their own.
     """
 
     worker: Worker
@@ -55,6 +58,8 @@ class Attempt:
     claimed: queue.Claim
     cohort: str | None = None
     alone_because: str | None = None
+    mates: set[int] = field(default_factory=set)
+    beside: set[int] = field(default_factory=set)
     config: TrialConfig | None = None
     background: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     epochs: list[Epoch] = field(default_factory=list)
@@ -93,6 +98,14 @@ class Attempt:
         if isinstance(model, Custom) and not self.worker.allow_imports:
             raise UsageError(f"{model.name} must not be imported: no --allow-imports")
         return self.config
+
+    @property
+    def company(self) -> str:
+        """With whom the trial trained so far."""
+        how = f"in one batch with {_numbers(self.mates)}" if self.mates else ""
+        if self.beside:
+            how += f"{' and ' if how else ''}beside {_numbers(self.beside)}"
+        return how or "with nobody beside it"
 
     def run(self) -> None:
         """Train the trial by itself, to whatever end it finds."""
@@ -341,6 +354,7 @@ class Attempt:
                     if status == "FAILED"
                     else _STATE_TAGS.get(outcome, "failed"),
                     names.OUTCOME_TAG: str(outcome),
+                    **({names.COMPANY_TAG: self.company} if self.mates or self.beside else {}),
                 },
                 end_time_ms=round(time.time() * 1000),
             )
@@ -408,6 +422,13 @@ class Attempt:
             retried = recovery.tries(self.study.spec, outcome) > self.claimed.failures(outcome)
             if self.checkpoints is not None and not retried:
                 self.checkpoints.delete()
+
+
+def _numbers(trials: set[int]) -> str:
+    """At most so many that a tag stays readable."""
+    first = ", ".join(map(str, sorted(trials)[:_NAMED]))
+    more = f" and {len(trials) - _NAMED} more" if len(trials) > _NAMED else ""
+    return f"trial{'s' if len(trials) > 1 else ''} {first}{more}"
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

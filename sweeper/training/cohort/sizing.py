@@ -80,7 +80,7 @@ def best_way(config: TrialConfig, *, dataset: Dataset, device: torch.device, fil
 
 def known_way(config: TrialConfig, *, device: torch.device, file: Path) -> Choice | None:
     """What was measured for the structure before, or None."""
-    found = _read(file).get(_key(config, device))
+    found = _read(file).get(_key(config, device), {})
     try:
         way, size, beside = found["way"], int(found["size"]), int(found["beside"])
     except (KeyError, TypeError, ValueError):  # none, or written before there were several ways
