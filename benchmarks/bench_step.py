@@ -1,10 +1,11 @@
 """Images a second of every model of the reports, rung by rung, and of several trials at once.
 
 One trial: a DataLoader and an eager step as a textbook writes them; images that stay on the device;
-that step as one CUDA graph; the same compiled. Then 1, 4, 16 and 64 trials as a cohort, on streams,
-and in processes. The rungs of one trial are timed in turn, so that what else the machine does hits
-all of them. Images are random, of the data set's shape. On a CPU everything runs with one thread,
-as workers do, and there are no graphs and no streams.
+that step as one CUDA graph; the same compiled. Then 1, 4, 16 and 64 trials as a cohort, in lanes of
+their own (on a GPU: streams), and in processes. The rungs of one trial are timed in turn, so that
+what else the machine does hits all of them. Images are random, of the data set's shape. On a CPU
+everything runs with one thread, as workers do, there are no graphs and no streams, and lanes train
+one batch after the other.
 
 Images a second are those of all trials together, the median of the repetitions, and the spread is
 that from the slowest to the fastest. The roof is a large matrix product on the same device, in the
@@ -129,7 +130,7 @@ def _measured(name: str, options: argparse.Namespace, device: torch.device) -> d
     for rung, seconds in times.items():
         show(1, rung, seconds)
     for trials in options.trials:
-        for rung, make in _several(model["name"], device).items():
+        for rung, make in _several(model["name"]).items():
             if rung == "processes" and trials > options.most_processes:
                 continue
             seconds = _timed(make, config, dataset, device, trials, options.repetitions)
@@ -158,11 +159,9 @@ def _single(
     return ways
 
 
-def _several(model: str, device: torch.device) -> dict[str, Any]:
+def _several(model: str) -> dict[str, Any]:
     ways: dict[str, Any] = {} if model == "resnet18" else {"cohort": rungs.cohort}
-    if device.type == "cuda":
-        ways["streams"] = rungs.streams
-    return {**ways, "processes": rungs.processes}
+    return {**ways, "streams": rungs.streams, "processes": rungs.processes}
 
 
 def _timed(

@@ -25,6 +25,7 @@ from sweeper.config import DataShape, TrialConfig
 from sweeper.data import Augment, Dataset, Part, Standardize
 from sweeper.models import build
 from sweeper.training.cohort.engine import CohortEngine
+from sweeper.training.cohort.sizing import side_by_side
 from sweeper.training.device import synchronize
 from sweeper.training.engine import Engine
 
@@ -136,32 +137,11 @@ def cohort(
 def streams(
     config: TrialConfig, dataset: Dataset, device: torch.device, trials: int
 ) -> Iterator[Rung]:
-    """So many trials, each with its own captured step on its own stream; without dropout.
-
-    Random numbers of graphs on several streams would need generators of their own.
-    """
-    engines = [
-        Engine(changed(config, seed=seed, graph="on"), dataset=dataset, device=device)
-        for seed in range(trials)
-    ]
-    lanes = [torch.cuda.Stream(device) for _ in engines]
-
-    def run() -> float:
-        for engine in engines:
-            engine._order.shuffle(1)
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(engines[0]._order.full):
-            for engine, lane in zip(engines, lanes, strict=True):
-                if engine._graph is not None:
-                    with torch.cuda.stream(lane):
-                        engine._graph.replay()
-        synchronize(device)
-        return time.perf_counter() - began
-
-    yield run
-    for engine in engines:
-        engine.drop_graph()
+    """So many trials side by side as a worker trains them, each in a lane of its own: with a
+    captured step and a stream on a GPU, in turn with the others on a CPU."""
+    configs = [changed(config, seed=seed) for seed in range(trials)]
+    with side_by_side(configs, dataset=dataset, device=device) as run:
+        yield run
 
 
 @contextlib.contextmanager

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_bench import Bench
+from worker_bench import Bench, MakeBench, alone, assert_same, numbers
 
-from sweeper.measurement import SUMMARY_METRICS
 from sweeper.store import Control, recovery, studies, workers
 from sweeper.store.workers import Presence
 from sweeper.training.cohort import Choice
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.engine import Engine
 
-MakeBench = Callable[..., Bench]
-
-TIMES = {"seconds", "val_seconds", "samples_per_s", "peak_memory_mib"}
-TIMES |= {name for name, (metric, _) in SUMMARY_METRICS.items() if metric in TIMES}
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 2e-2]
 GRID: dict[str, Any] = {
     "model": {"name": "mlp", "width": 16, "layers": 1, "dropout": 0.2, "norm": "batch"},
@@ -38,51 +31,10 @@ def bench(tmp_path: Path) -> MakeBench:
     return lambda name="home", **sections: Bench(tmp_path / name, **{**GRID, **sections})
 
 
-def numbers(found: Bench) -> dict[int, Any]:
-    """What every trial of the study gave, but for times, by number."""
-    return {
-        row.number: {
-            "outcome": row.outcome,
-            "state": row.state,
-            "params": row.params,
-            "values": pytest.approx(row.values, rel=1e-6),
-            "history": pytest.approx(dict(row.history), rel=1e-6),
-            "metrics": pytest.approx(
-                {name: value for name, value in row.metrics.items() if name not in TIMES}, rel=1e-5
-            ),
-        }
-        for row in found.now.rows
-    }
-
-
-_ALONE: dict[str, dict[int, Any]] = {}
-
-
-def alone(bench: MakeBench, **sections: Any) -> dict[int, Any]:
-    """The numbers of the same study without cohorts, which several tests compare with."""
-    key = json.dumps(sections)
-    if key not in _ALONE:
-        found = bench("alone", **sections)
-        found.worker.run()
-        _ALONE[key] = numbers(found)
-    return dict(_ALONE[key])
-
-
 def sizes(found: Bench) -> Counter[str]:
     """How many trials each cohort had, by its name."""
     runs = found.tracker.runs.values()
     return Counter(run.tags["sweeper.cohort"] for run in runs if "sweeper.cohort" in run.tags)
-
-
-def assert_same(found: Bench, expected: dict[int, Any]) -> None:
-    rows = numbers(found)
-    assert rows.keys() == expected.keys()
-    for number, row in rows.items():
-        for what, value in row.items():
-            if what in {"outcome", "state", "params"}:
-                assert value == expected[number][what], (number, what)
-            else:
-                assert value.expected == expected[number][what], (number, what)
 
 
 def test_a_grid_is_trained_by_structure_and_gives_what_single_trials_give(

@@ -4,8 +4,8 @@ A worker trains up to ``resources.cohort`` trials at once: those of the same str
 others beside them, each with a captured step and a stream of its own (`sweeper.training.crew`).
 With ``auto`` what is the fastest for a structure on this device is measured and remembered; every
 trial then takes its share of the device, and a worker takes trials until it is full. Where memory
-does not suffice, half of the trials go on, and so many is the most from then on for any company
-that has the same structures in it.
+does not suffice, half of the trials go on, and so many is the most from then on: while they and
+those that follow train, and later in any company that has the same structures in it.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial
     from sweeper.worker.loop import Worker
 
 _log = logging.getLogger(__name__)
+MAX_AT_ONCE: Final = 256
+"""As of ``resources.cohort``."""
 _LOOK_AGAIN_S: Final = 2.0
 """With room left and nothing found, the queue is looked at again after so long."""
 
@@ -60,6 +62,7 @@ class Together:
     _batches: dict[str, str] = field(default_factory=dict)
     _rates: dict[NetworkTrial, float] = field(default_factory=dict)
     _structures: dict[str, str | None] = field(default_factory=dict)
+    _most: int = MAX_AT_ONCE
     _look_at: float = 0.0
     _over: bool = False
 
@@ -186,10 +189,15 @@ class Together:
         _log.warning("memory is too small for trial %d beside %d: %s", number, many, reason)
         from sweeper.training.cohort import structure
 
-        self.cohorts.remember_limit({*self._kinds(), structure(attempt.configured())}, many)
+        self._limit_to(many, {*self._kinds(), structure(attempt.configured())})
         attempt.give_back()
         self.crew.tidy()
         self.worker.free_memory()
+
+    def _limit_to(self, most: int, kinds: set[str]) -> None:
+        """Memory has room for no more: here, and wherever all these structures are together."""
+        self._most = min(self._most, most)
+        self.cohorts.remember_limit(kinds, most)
 
     def _kinds(self) -> set[str]:
         return {kind for kind, count in self.crew.lanes() if count}
@@ -222,7 +230,7 @@ class Together:
         if not lanes:
             return True
         limit = self.cohorts.limit({*(each for each, _ in lanes), *([kind] if kind else [])})
-        if limit is not None and len(self.attempts) >= limit:
+        if len(self.attempts) >= min(self._most, limit or self._most):
             return False
         choices = self._choices
         choice = choices[kind] if kind else list(choices.values())[-1]
@@ -270,7 +278,7 @@ class Together:
                 break
             self._join(self.worker.taken(self.study, claimed))
         self.crew.tidy()
-        there = {kind for kind, count in self.crew.lanes() if count}
+        there = self._kinds()
         self._batches = {kind: name for kind, name in self._batches.items() if kind in there}
 
     def _claimed(self, welcome: set[str], *, beside: bool) -> queue.Claim | None:
@@ -367,7 +375,7 @@ class Together:
         kinds, there = self._kinds(), list(self.attempts)
         kept = len(there) // 2
         self.worker.free_memory()
-        self.cohorts.remember_limit(kinds, max(kept, 1))
+        self._limit_to(max(kept, 1), kinds)
         if not kept:
             for member in there:
                 self.worker.run_out_of_memory(self.attempts[member], reason)

@@ -13,7 +13,7 @@ from sweeper.config import DataShape, TrialConfig
 from sweeper.config.optimizer import OptimizerConfig
 from sweeper.models import build
 from sweeper.optim import make_optimizer
-from sweeper.training.cohort import structure, why_alone
+from sweeper.training.cohort import structure, why_alone, why_not_beside
 from sweeper.training.cohort.noise import Noise, rates_of
 from sweeper.training.cohort.optimizer import CohortOptimizer
 from sweeper.training.cohort.state import Layout, Numbers
@@ -40,6 +40,14 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_join_says_why(case: str, make_config: MakeConfig) -> None:
     sections, reason = ALONE[case]
     assert reason in (why_alone(make_config(**sections), CPU) or "")
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_fits_into_no_cohort_can_train_beside_others_but_for_two(
+    case: str, make_config: MakeConfig
+) -> None:
+    reason = why_not_beside(make_config(**ALONE[case][0]))
+    assert bool(reason) == (case in {"svm", "compile"})
 
 
 @pytest.mark.parametrize("model", ["mlp", "mixer", "cnn", "vit"])

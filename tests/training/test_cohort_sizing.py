@@ -1,4 +1,4 @@
-"""How many trials at once: measured on this machine, remembered, and never at a trial's cost."""
+"""How many trials at once, and how: measured here, remembered, and never at a trial's cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset
-from sweeper.training.cohort import sizing
+from sweeper.training.cohort import Choice, Way, sizing
 from sweeper.training.cohort.engine import CohortEngine
 
 CPU = torch.device("cpu")
@@ -36,6 +36,27 @@ def test_the_smallest_number_that_no_larger_one_clearly_beats(
     assert sizing.chosen(rates) == size
 
 
+@pytest.mark.parametrize(
+    ("cohort", "streams", "choice"),
+    [
+        ({1: 100.0}, {1: 100.0}, ("alone", 1, 1)),
+        ({1: 100.0, 4: 300.0}, {1: 100.0, 4: 200.0}, ("cohort", 4, 4)),
+        ({1: 100.0, 4: 300.0}, {1: 100.0, 4: 90.0}, ("cohort", 4, 1)),
+        ({1: 100.0, 4: 110.0}, {1: 100.0, 4: 200.0, 16: 300.0}, ("streams", 16, 16)),
+        ({1: 100.0, 4: 200.0}, {1: 100.0, 4: 200.0}, ("cohort", 4, 4)),
+        ({}, {}, ("alone", 1, 1)),
+    ],
+)
+def test_the_way_that_is_the_fastest_with_its_best_number(
+    cohort: dict[int, float], streams: dict[int, float], choice: tuple[Any, int, int]
+) -> None:
+    way, size, beside = choice
+    found = sizing.chosen_way({"cohort": cohort, "streams": streams})
+    assert found == Choice(way=way, size=size, beside=beside)
+    alone = sizing.chosen_way({"streams": streams})
+    assert alone.size == alone.beside == found.beside
+
+
 def test_it_is_measured_once_and_remembered(
     make_config: MakeConfig,
     make_dataset: MakeDataset,
@@ -46,11 +67,14 @@ def test_it_is_measured_once_and_remembered(
     dataset, file = make_dataset(config), nasty_folder / "new" / "cohorts.json"
     monkeypatch.setattr(sizing, "SIZES", (1, 2))
     state = torch.random.get_rng_state()
-    size = sizing.best_size(config, dataset=dataset, device=CPU, file=file)
+    choice = sizing.best_way(config, dataset=dataset, device=CPU, file=file)
     assert torch.equal(torch.random.get_rng_state(), state)
     (kept,) = json.loads(file.read_text()).values()
-    assert kept["size"] == size
-    assert all(rate > 0 for rate in kept["samples_per_s"].values())
+    assert (kept["way"], kept["size"], kept["beside"]) == (choice.way, choice.size, choice.beside)
+    for rates in kept["samples_per_s"].values():
+        assert set(rates) == {"1", "2"}
+        assert all(rate > 0 for rate in rates.values())
+    assert set(kept["samples_per_s"]) == {"cohort", "streams"}
     assert [each.name for each in file.parent.iterdir()] == ["cohorts.json"]
 
     def measured(*_: Any, **__: Any) -> dict[int, float]:
@@ -58,10 +82,13 @@ def test_it_is_measured_once_and_remembered(
 
     monkeypatch.setattr(sizing, "throughputs", measured)
     other = make_config({"name": "mlp", "width": 8, "dropout": 0.5}, seed=3)
-    assert sizing.best_size(other, dataset=dataset, device=CPU, file=file) == size
+    assert sizing.best_way(other, dataset=dataset, device=CPU, file=file) == choice
     with pytest.raises(RuntimeError, match="measured again"):
         wider = make_config({"name": "mlp", "width": 9})
-        sizing.best_size(wider, dataset=dataset, device=CPU, file=file)
+        sizing.best_way(wider, dataset=dataset, device=CPU, file=file)
+    file.write_text(json.dumps({sizing._key(wider, CPU): {"size": 4, "samples_per_s": {}}}))
+    with pytest.raises(RuntimeError, match="measured again"):  # from before there were two ways
+        sizing.best_way(wider, dataset=dataset, device=CPU, file=file)
 
 
 def test_a_file_that_cannot_be_used_costs_a_measurement_only(
@@ -73,38 +100,41 @@ def test_a_file_that_cannot_be_used_costs_a_measurement_only(
     blocked = damaged / "below a file" / "cohorts.json"
     for file in (damaged, blocked):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sizing, "throughputs", lambda *_, **__: {1: 1.0, 4: 3.0})
+            patch.setattr(sizing, "throughputs", lambda *_, **__: {"streams": {1: 1.0, 4: 3.0}})
             dataset = make_dataset(config)
-            assert sizing.best_size(config, dataset=dataset, device=CPU, file=file) == 4
+            assert sizing.best_way(config, dataset=dataset, device=CPU, file=file).size == 4
     assert len(json.loads(damaged.read_text())) == 1
 
 
 def test_sizes_that_do_not_fit_are_left_out(
     make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, tried = CohortEngine.arrange, []
+    arrange, tried = CohortEngine.arrange, []
 
-    def arrange(engine: CohortEngine, seats: list[Any]) -> None:
+    def arranged(engine: CohortEngine, seats: list[Any]) -> None:
         tried.append(len(seats))
         if len(seats) > 2:
             raise torch.OutOfMemoryError("too many")
-        original(engine, seats)
+        arrange(engine, seats)
 
-    monkeypatch.setattr(CohortEngine, "arrange", arrange)
+    monkeypatch.setattr(CohortEngine, "arrange", arranged)
     monkeypatch.setattr(sizing, "_seconds", _growing(sizing._seconds))
     config = make_config({"name": "mlp", "width": 8})
     rates = sizing.throughputs(
-        config, dataset=make_dataset(config), device=CPU, sizes=(1, 2, 4, 8), batches=1
+        config, dataset=make_dataset(config), device=CPU, sizes=(1, 2, 4, 64), batches=1
     )
-    assert list(rates) == [1, 2]
+    assert list(rates["cohort"]) == [1, 2]
+    assert list(rates["streams"]) == [1, 2, 4]  # torch has no 64 streams
     assert tried == [2, 4]
 
 
 def _growing(measure: Callable[..., float]) -> Callable[..., float]:
     """The measurement as it is, with a time in which more trials are always faster."""
 
-    def seconds(config: TrialConfig, dataset: Dataset, device: torch.device, size: int) -> float:
-        assert measure(config, dataset, device, size) > 0
+    def seconds(
+        config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+    ) -> float:
+        assert measure(config, dataset, device, size, way) > 0
         return 1.0 / size
 
     return seconds
@@ -118,4 +148,16 @@ def test_slower_sizes_end_the_search(
     )
     config = make_config()
     rates = sizing.throughputs(config, dataset=make_dataset(config), device=CPU, sizes=(1, 2, 4, 8))
-    assert list(rates) == [1, 2, 4]
+    assert list(rates["cohort"]) == list(rates["streams"]) == [1, 2, 4]
+
+
+def test_memory_too_small_for_one_measures_nothing(
+    make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(*arguments: Any) -> float:
+        raise MemoryError("no room at all")
+
+    monkeypatch.setattr(sizing, "_seconds", seconds)
+    config = make_config()
+    rates = sizing.throughputs(config, dataset=make_dataset(config), device=CPU)
+    assert rates == {"cohort": {}, "streams": {}}
