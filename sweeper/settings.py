@@ -148,6 +148,11 @@ class Settings:
         """How many trials at once were measured to be the fastest, by structure and device."""
         return self.home / "cohorts.json"
 
+    @property
+    def prepared(self) -> Path:
+        """Data sets as trials use them, which the workers of a machine share."""
+        return prepared_folder(self.data)
+
     def logs(self, study: str) -> Path:
         """The folder of the worker logs of a study."""
         return self.home / "logs" / study
@@ -281,6 +286,11 @@ def masked(url: str) -> str:
         return redacted(shown.render_as_string(hide_password=True))
     except Exception:  # noqa: BLE001 - whatever is wrong with it, it must not be shown
         return "<unreadable URL>"
+
+
+def prepared_folder(data: Path) -> Path:
+    """Where, in a folder of data sets, they are kept as trials use them."""
+    return data / "cache" / "prepared"
 
 
 def worker_name() -> str:

@@ -9,17 +9,25 @@ import hashlib
 import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from sweeper.config.data import Cifar10
 from sweeper.data.download import RemoteFile, provide
-from sweeper.data.raw import RawData, RawPart
+from sweeper.data.raw import Origin, RawData, RawPart, digest_of
 from sweeper.errors import DataNotFoundError
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
+
+_FOLDER: Final = "cifar-10-batches-py"
+_ARCHIVE: Final = "cifar-10-python.tar.gz"
+_BATCHES: Final = (
+    *(f"data_batch_{number}" for number in range(1, 6)),
+    *("test_batch", "batches.meta"),
+)
+"""torchvision's names, which takes a second to load: shared data do without it."""
 
 
 def cifar10(config: Cifar10, folder: Path) -> RawData:
@@ -30,20 +38,8 @@ def cifar10(config: Cifar10, folder: Path) -> RawData:
     """
     from torchvision.datasets import CIFAR10  # slow to load; only where it is used
 
-    batches = folder / CIFAR10.base_folder
-    archive = folder / CIFAR10.filename
-    provide(
-        lambda: [RemoteFile(name=archive.name, md5=CIFAR10.tgz_md5, urls=(CIFAR10.url,))],
-        folder,
-        name=config.name,
-        complete=batches.is_dir,
-        unpack=lambda: _unpack(archive, batches),
-        advice=(
-            f"Data set {config.name!r} must be in {batches}, but that folder is not there. Put "
-            f"{archive.name} into {folder}, or set SWEEPER_DATA to a data folder that has it, or "
-            f"train on your own pictures with data.name: image_folder."
-        ),
-    )
+    batches = _provided(config, folder)
+    archive = folder / _ARCHIVE
     try:
         train, test = CIFAR10(folder, train=True), CIFAR10(folder, train=False)
     except RuntimeError as error:
@@ -54,6 +50,38 @@ def cifar10(config: Cifar10, folder: Path) -> RawData:
     return RawData(
         train=_part(train), test=_part(test), classes=tuple(train.classes), source=str(batches)
     )
+
+
+def cifar10_origin(config: Cifar10, folder: Path) -> Origin:
+    """The batches, which are downloaded if missing. Raises as :func:`cifar10` does."""
+    batches = _provided(config, folder)
+    digest = digest_of(batches / name for name in _BATCHES)
+    return Origin(digest=digest, read=lambda: cifar10(config, folder))
+
+
+def _provided(config: Cifar10, folder: Path) -> Path:
+    """The folder of the batches, which is there. Raises DataNotFoundError otherwise."""
+    batches, archive = folder / _FOLDER, folder / _ARCHIVE
+    provide(
+        _remote_files,
+        folder,
+        name=config.name,
+        complete=batches.is_dir,
+        unpack=lambda: _unpack(archive, batches),
+        advice=(
+            f"Data set {config.name!r} must be in {batches}, but that folder is not there. Put "
+            f"{archive.name} into {folder}, or set SWEEPER_DATA to a data folder that has it, or "
+            f"train on your own pictures with data.name: image_folder."
+        ),
+    )
+    return batches
+
+
+def _remote_files() -> list[RemoteFile]:
+    """What torchvision knows about the archive."""
+    from torchvision.datasets import CIFAR10  # slow to load; only where it is used
+
+    return [RemoteFile(name=_ARCHIVE, md5=CIFAR10.tgz_md5, urls=(CIFAR10.url,))]
 
 
 def _unpack(archive: Path, batches: Path) -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from sweeper.config.data import IMAGE_SUFFIXES, ImageFolder
 from sweeper.data.download import replacing
-from sweeper.data.raw import Images, RawData, RawPart
+from sweeper.data.raw import Images, Origin, RawData, RawPart
 from sweeper.errors import DataNotFoundError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -54,16 +54,26 @@ def image_folder(config: ImageFolder, folder: Path) -> RawData:
     Raises DataNotFoundError where the folder is not as described or a file cannot be read, and
     UsageError where the images differ in size or are not all grey; the file is named.
     """
-    root = Path(config.root).expanduser().absolute()
-    listing = _listing(root)
-    images = _images(listing, folder / "cache")
+    return folder_origin(config, folder).read()
+
+
+def folder_origin(config: ImageFolder, folder: Path) -> Origin:
+    """The images as they are listed now. Raises as :func:`image_folder` does."""
+    listing = _listing(Path(config.root).expanduser().absolute())
+    return Origin(
+        digest=f"{listing.root} {listing.digest}", read=lambda: _read(listing, folder / "cache")
+    )
+
+
+def _read(listing: _Listing, cache: Path) -> RawData:
+    images = _images(listing, cache)
     labels = np.asarray(listing.labels, dtype=np.int64)
     split = listing.train_count
     return RawData(
         train=RawPart(images=images[:split], labels=labels[:split]),
         test=RawPart(images=images[split:], labels=labels[split:]),
         classes=listing.classes,
-        source=str(root),
+        source=str(listing.root),
     )
 
 
@@ -85,8 +95,8 @@ def _listing(root: Path) -> _Listing:
         for label, name in enumerate(classes[part]):
             for entry in _image_files(root / part / name):
                 status = entry.stat()
-                digest.update(os.fsencode(f"{part}/{name}/{entry.name}"))
-                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                told = f"{part}/{name}/{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\0"
+                digest.update(os.fsencode(told))
                 files.append(entry.path)
                 labels.append(label)
         train_count = train_count or len(files)
@@ -118,17 +128,19 @@ def _class_folders(part: Path) -> tuple[str, ...]:
 
 def _image_files(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        images = [
-            entry
-            for entry in entries
-            if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
-        ]
+        images = [entry for entry in entries if _names_image(entry.name) and entry.is_file()]
     if not images:
         raise DataNotFoundError(
             f"every class folder must contain images ({', '.join(sorted(IMAGE_SUFFIXES))}), but "
             f"{folder} contains none; fill it, or remove it from both train and test"
         )
     return sorted(images, key=lambda entry: entry.name)
+
+
+def _names_image(name: str) -> bool:
+    """Whether a file name ends as an image's does; every worker asks this of every file."""
+    stem, dot, ending = name.rpartition(".")
+    return bool(stem) and f"{dot}{ending}".lower() in IMAGE_SUFFIXES
 
 
 def _images(listing: _Listing, cache: Path) -> Images:

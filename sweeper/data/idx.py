@@ -20,7 +20,7 @@ import numpy as np
 
 from sweeper.config.data import FashionMnist, Kmnist, Mnist, source_shape
 from sweeper.data.download import RemoteFile, provide
-from sweeper.data.raw import Images, RawData, RawPart
+from sweeper.data.raw import Images, Origin, RawData, RawPart, digest_of
 from sweeper.errors import DataNotFoundError
 
 _UINT8: Final = 8
@@ -70,6 +70,24 @@ def idx(config: Mnist | FashionMnist | Kmnist, folder: Path) -> RawData:
     Each file may be there as it is or with ``.gz``. Raises DataNotFoundError where files are
     missing and cannot be fetched, or where one is damaged (it is named).
     """
+    family, raw = _provided(config, folder)
+    return RawData(
+        train=_part(raw, "train", config),
+        test=_part(raw, "t10k", config),
+        classes=family.classes,
+        source=str(raw),
+    )
+
+
+def idx_origin(config: Mnist | FashionMnist | Kmnist, folder: Path) -> Origin:
+    """The four files, which are downloaded if missing. Raises as :func:`idx` does."""
+    _, raw = _provided(config, folder)
+    digest = digest_of(_stored(raw, name) for name in _FILES)
+    return Origin(digest=digest, read=lambda: idx(config, folder))
+
+
+def _provided(config: Mnist | FashionMnist | Kmnist, folder: Path) -> tuple[_Family, Path]:
+    """The folder of the files, all of which are there. Raises DataNotFoundError otherwise."""
     family = _FAMILIES[config.name]
     raw = folder / family.name / "raw"
     provide(
@@ -79,12 +97,7 @@ def idx(config: Mnist | FashionMnist | Kmnist, folder: Path) -> RawData:
         complete=lambda: all(_stored(raw, name).is_file() for name in _FILES),
         advice=_advice(config.name, raw),
     )
-    return RawData(
-        train=_part(raw, "train", config),
-        test=_part(raw, "t10k", config),
-        classes=family.classes,
-        source=str(raw),
-    )
+    return family, raw
 
 
 def _advice(name: str, raw: Path) -> str:

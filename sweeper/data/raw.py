@@ -5,7 +5,11 @@ Shapes: ``N`` images, ``C`` channels, ``H`` height, ``W`` width.
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,3 +38,31 @@ class RawData:
     test: RawPart
     classes: tuple[str, ...]
     source: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Origin:
+    """Files that were found: ``digest`` tells them from any others, ``read`` reads them.
+
+    A file that was changed has another digest, so what was made of it is never taken for new.
+    """
+
+    digest: str
+    read: Callable[[], RawData]
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """What tells these files from any others, and from themselves once they have been changed.
+
+    A hash of their paths, sizes and the times when they were last written and replaced; of one
+    that is not there, that it is not.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = file.stat()
+            told = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        except OSError:
+            told = "missing"
+        digest.update(os.fsencode(f"{file}\0{told}\0"))
+    return digest.hexdigest()[:16]

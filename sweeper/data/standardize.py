@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``N`` images, ``C`` channels, ``H`` height, ``W`` width, ``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal, Self
 
 import torch
@@ -22,6 +23,18 @@ ZCA_IMAGES: Final = 10_000
 
 ZCA_VALUES: Final = 8192
 """The largest D whose D x D matrix is still worth its memory and its cubic time."""
+
+KEPT_BYTES: Final = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+"""Up to this many bytes, a part is kept standardized instead of standardizing every batch.
+
+Measured with one thread of a CPU: a batch of 128 MNIST images is gathered and standardized in
+0.2 ms, and gathered as floats in 0.04 ms. That is 8 % of a small MLP's step and nothing beside a
+Mixer's 66 ms. The floats (162 MiB of MNIST's training part; CIFAR-10's would be 527 MiB) are mapped
+by all workers of a machine, see `sweeper.data.shared`.
+"""
+
+_WHOLE_IMAGES: Final = 4096
+"""So many images are standardized at once where a whole part is."""
 
 _CHUNK_VALUES: Final = {"cpu": 1 << 15, "cuda": 1 << 24}
 """Values summed at once. On a CPU so few that torch does not share them out to threads: those wait
@@ -92,6 +105,23 @@ class Standardize(nn.Module):
             std=torch.ones(1, 1, 1, device=mean_D.device),
             whitening_DD=((vectors_DD * scale_D) @ vectors_DD.T).float(),
         )
+
+    @classmethod
+    def restored(cls, buffers: Mapping[str, Tensor]) -> Self:
+        """The standardisation whose buffers these are, as ``named_buffers`` gave them."""
+        made = cls(mean=torch.zeros(1, 1, 1), std=torch.ones(1, 1, 1))
+        for name, buffer in buffers.items():
+            made.register_buffer(name, buffer)
+        return made
+
+    @torch.no_grad()
+    def whole(self, images_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        """All images standardized, in ``dtype``; in pieces, so that no second copy is held."""
+        result_NCHW = torch.empty(images_NCHW.shape, dtype=dtype, device=images_NCHW.device)
+        for start in range(0, len(images_NCHW), _WHOLE_IMAGES):
+            piece = slice(start, start + _WHOLE_IMAGES)
+            result_NCHW[piece] = self(images_NCHW[piece])
+        return result_NCHW
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         divisor = self.divisor if images_BCHW.is_floating_point() else self.divisor_uint8

@@ -7,23 +7,14 @@ Shapes: ``N`` images of a part, ``B`` of a batch, ``K`` trials, ``C`` channels,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from sweeper.data import Dataset, Part
+from sweeper.data import Dataset, Part, Standardize
+from sweeper.data.standardize import KEPT_BYTES
 from sweeper.training.device import noise_generator
 from sweeper.training.precision import Precision
-
-_KEEP_BYTES: Final = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-"""Up to this many bytes, a part is kept standardized instead of standardizing every batch.
-
-Measured with one thread of a CPU: a batch of 128 MNIST images is gathered and standardized in
-0.2 ms, and gathered as floats in 0.04 ms. That is 8 % of a small MLP's step and nothing beside a
-Mixer's 66 ms; but every worker holds a copy of its own (162 MiB for MNIST, 527 MiB for CIFAR-10).
-"""
-_CHUNK: Final = 4096
 
 
 class Inputs:
@@ -52,7 +43,7 @@ class Inputs:
         if augmented and not dataset.augment.identity:
             self._augment = dataset.augment
         elif _fits(part.images, self._dtype):
-            self._images_NCHW = self._standardized(part.images)
+            self._images_NCHW = self._standardized(part, dataset.standardize)
             self._standardize = None
 
     def __len__(self) -> int:
@@ -101,18 +92,15 @@ class Inputs:
             x_BCHW = x_BCHW.contiguous(memory_format=self._memory_format)
         return x_BCHW
 
-    @torch.no_grad()
-    def _standardized(self, images_NCHW: Tensor) -> Tensor:
-        """The whole part, in chunks so that no second copy is held on the way."""
-        result_NCHW = torch.empty(images_NCHW.shape, dtype=self._dtype, device=images_NCHW.device)
-        for start in range(0, len(images_NCHW), _CHUNK):
-            chunk = images_NCHW[start : start + _CHUNK]
-            result_NCHW[start : start + _CHUNK] = self._standardize(chunk)  # type: ignore[misc] # set until after this
-        return result_NCHW
+    def _standardized(self, part: Part, standardize: Standardize) -> Tensor:
+        """The whole part; from what all workers of the machine share, where there is such."""
+        if part.standardized is not None and self._dtype is torch.float32:
+            return part.standardized()
+        return standardize.whole(part.images, self._dtype)
 
 
 def _fits(images_NCHW: Tensor, dtype: torch.dtype) -> bool:
-    return images_NCHW.numel() * dtype.itemsize <= _KEEP_BYTES.get(images_NCHW.device.type, 0)
+    return images_NCHW.numel() * dtype.itemsize <= KEPT_BYTES.get(images_NCHW.device.type, 0)
 
 
 def batches_of(count: int, batch_size: int) -> tuple[int, int]:

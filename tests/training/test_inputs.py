@@ -95,7 +95,7 @@ def test_standardizing_once_or_every_batch_gives_the_same_images(
     dataset = make_dataset(config)
     precision = precision_of(config.train, CPU)
     once = Inputs(dataset.train, dataset=dataset, precision=precision, augmented=True)
-    monkeypatch.setattr("sweeper.training.inputs._KEEP_BYTES", {"cpu": 100})
+    monkeypatch.setattr("sweeper.training.inputs.KEPT_BYTES", {"cpu": 100})
     each = Inputs(dataset.train, dataset=dataset, precision=precision, augmented=True)
     assert (once.kept_standardized, each.kept_standardized) == (True, False)
     index = torch.tensor([7, 0, 199])
