@@ -110,7 +110,12 @@ def worker(sections: str, folder: Path) -> None:
     from sweeper.tracking import SpoolTracker
     from sweeper.worker import Worker
 
-    said: list[tuple[str, float]] = [("imported", time.time())]
+    said: list[tuple[str, float, float]] = []
+
+    def note(what: str) -> None:
+        said.append((what, time.time(), time.process_time()))
+
+    note("imported")
     spec = StudySpec.model_validate(json.loads(sections))
     home = folder / f"home-{os.getpid()}"
     settings = Settings.resolve(home=home, environment={"SWEEPER_DATA": str(folder)})
@@ -120,21 +125,20 @@ def worker(sections: str, folder: Path) -> None:
         if study is None:
             raise SystemExit(f"{spec.name} is there already")
         tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
-    said.append(("stored", time.time()))
     import sweeper.training
     import sweeper.training.engine
     import sweeper.worker.attempt
 
-    said.append(("torch", time.time()))
+    note("torch")
 
     def marked(owner: Any, name: str, before: str, after: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
         @functools.wraps(original)
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
-            said.append((before, time.time()))
+            note(before)
             result = original(*arguments, **keywords)
-            said.append((after, time.time()))
+            note(after)
             return result
 
         setattr(owner, name, wrapper)
@@ -184,33 +188,36 @@ def gaps(name: str, section: dict[str, Any], folder: Path, *, changing: bool) ->
     study = {"name": "bench", "data": section, **TRIAL, "parameters": {axis: [0, 1, 2]}}
     study["search"] = {"sampler": "grid"}
     child = Child("--worker", json.dumps(study), "--folder", str(folder))
-    events = [(what, when - child.began) for what, when in child.answer()["events"]]
+    events: list[tuple[str, float, float]] = child.answer()["events"]
     child.end()
-    first = dict(reversed(events))
+    first = {what: when - child.began for what, when, _ in reversed(events)}
     print(
         f"{name}, {axis} changes: process start to imports {first['imported']:.2f} s, torch "
         f"{first['torch']:.2f} s, first claim {first['claimed']:.2f} s, first step "
         f"{first['step']:.2f} s",
         flush=True,
     )
-    last: dict[str, float] = {}
+    last: dict[str, tuple[float, float]] = {}
     pieces: dict[str, float] = {}
-    for what, when in events:
+    for what, when, cpu in events:
         opener = {"claimed": "ended", "loaded": "load", "prepared": "prepare"}.get(what)
         if opener in last:
-            pieces[what] = when - last[opener]
+            pieces[what] = when - last[opener][0]
         if what == "step" and "ended" in last:
             parts = ", ".join(f"{key} {value * 1000:.0f}" for key, value in pieces.items())
-            gap_s = when - last["ended"]
-            print(f"  gap between two trials {gap_s * 1000:.0f} ms ({parts})", flush=True)
-        last[what] = when
+            gap_ms, cpu_ms = (
+                1000 * (now - then) for now, then in zip((when, cpu), last["ended"], strict=True)
+            )
+            print(f"  gap {gap_ms:.0f} ms, of CPU time {cpu_ms:.0f} ms ({parts})", flush=True)
+            pieces = {}
+        last[what] = (when, cpu)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("~/.cache/sweeper/data"))
     parser.add_argument("--images", type=Path, help="an image folder (train/<class>, test/<class>)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--trainer", help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

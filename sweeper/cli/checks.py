@@ -142,11 +142,15 @@ def _device(_: Settings) -> Iterator[Finding]:
 def _data(settings: Settings) -> Iterator[Finding]:
     folders = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "kmnist": "KMNIST/raw"}
     folders["cifar10"] = "cifar-10-batches-py"
+    from sweeper.data.shared import usage
+
     there = [name for name, part in folders.items() if (settings.data / part).is_dir()]
+    count, nbytes = usage(settings.prepared)
+    prepared = f"; {settings.prepared}: {count} files, {nbytes / 2**30:.1f} GiB" if count else ""
     yield Finding(
         subject="data",
         verdict="note",
-        found=f"{settings.data} has {', '.join(there) or 'no data set yet'}",
+        found=f"{settings.data} has {', '.join(there) or 'no data set yet'}{prepared}",
         advice="others are downloaded when a study first needs them; digits needs no file",
     )
 

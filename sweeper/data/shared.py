@@ -108,6 +108,7 @@ class SharedFolder:
                 _write(path, whole, made)
                 if written := _mapped(path, whole):
                     return replace(written, new=True)
+                raise OSError(f"{path} is not what was written")
             except (OSError, RuntimeError) as error:  # the latter: torch, of a full disk
                 self._give_up(error)
             return made
@@ -184,10 +185,11 @@ def _make_room(folder: Path, nbytes: int) -> None:
     now = time.time()
     used = 0
     for file, status in _files(folder):
+        used += status.st_size
         if now - status.st_mtime > _IDLE_S:
-            file.unlink(missing_ok=True)
-        else:
-            used += status.st_size
+            with suppress(OSError):  # another user's
+                file.unlink()
+                used -= status.st_size
     bound = min(LIMIT_BYTES, int(_SHARE * (used + shutil.disk_usage(folder).free)))
     if used + nbytes > bound:
         raise OSError(

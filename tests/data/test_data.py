@@ -200,3 +200,9 @@ def test_a_crop_must_fit_the_images(image_folder: Callable[..., Path], tmp_path:
         load(config, folder=tmp_path, device=CPU)
     with pytest.raises(ValidationError, match="must be at most the image's 8x8, but got size=9"):
         adapter.validate_python({**section, "root": str(root)})
+
+
+@pytest.mark.parametrize("name", ["digits", "circles"])
+def test_what_is_generated_is_shared_with_nobody(tmp_path: Path, name: str) -> None:
+    assert load_section(tmp_path, name).train.standardized is None
+    assert not list(tmp_path.iterdir())
