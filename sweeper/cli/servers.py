@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -178,8 +179,8 @@ def _compare(study: str, settings: Settings, *, json_: bool) -> None:
     from sweeper.service.agreement import differences
     from sweeper.store import open_store, standing, studies
 
-    opened = open_store(settings.store_url)
-    now = standing(opened, studies.load(opened, study))
+    with contextlib.closing(open_store(settings.store_url)) as opened:
+        now = standing(opened, studies.load(opened, study))
     found = differences(now, settings)
     if json_:
         print_json(found)

@@ -184,7 +184,9 @@ def workers(store: StoreOption = None, home: HomeOption = None, json_: JsonOptio
     from sweeper.store import open_store
     from sweeper.store.workers import listed
 
-    found = listed(open_store(Settings.resolve(home=home, store=store).store_url))
+    settings = Settings.resolve(home=home, store=store)
+    with contextlib.closing(open_store(settings.store_url)) as opened:
+        found = listed(opened)
     if json_:
         print_json([row.public() for row in found])
         return

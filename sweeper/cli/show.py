@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +14,19 @@ from sweeper.cli.plain import plain
 from sweeper.errors import UsageError
 from sweeper.settings import Settings, run_key
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def _settings(store: str | None, home: object) -> Settings:
-    return Settings.resolve(home=None if home is None else str(home), store=store)
+    from sweeper.store import Store
+
+
+@contextlib.contextmanager
+def _opened(settings: Settings) -> Iterator[Store]:
+    """The store while the context lasts."""
+    from sweeper.store import open_store
+
+    with contextlib.closing(open_store(settings.store_url)) as opened:
+        yield opened
 
 
 def status(
@@ -25,12 +37,13 @@ def status(
 ) -> None:
     """Show how studies stand: trials by state, the best so far."""
     from sweeper.cli.printing import number, out, print_json
-    from sweeper.store import Control, open_store, progress, studies
+    from sweeper.store import Control, progress, studies
 
-    opened = open_store(_settings(store, home).store_url)
-    loaded = [studies.load(opened, name) for name in ([study] if study else studies.names(opened))]
-    found = [progress(opened, each) for each in loaded]
-    asked = [studies.asked(opened, each.id) for each in loaded]
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        names = [study] if study else studies.names(opened)
+        loaded = [studies.load(opened, name) for name in names]
+        found = [progress(opened, each) for each in loaded]
+        asked = [studies.asked(opened, each.id) for each in loaded]
     if json_:
         print_json(
             [
@@ -82,12 +95,12 @@ def trials(
 ) -> None:
     """List a study's trials, the best first."""
     from sweeper.cli.printing import out, print_json, trial_table
-    from sweeper.store import open_store, standing, studies
+    from sweeper.store import standing, studies
     from sweeper.tracking import find_run_ids
 
-    settings = _settings(store, home)
-    opened = open_store(settings.store_url)
-    now = standing(opened, studies.load(opened, study))
+    settings = Settings.resolve(home=home, store=store)
+    with _opened(settings) as opened:
+        now = standing(opened, studies.load(opened, study))
     if json_:
         rows = [row.public() for row in now.rows]
         if any(row["run_id"] is None and row["state"] != "waiting" for row in rows):
@@ -109,10 +122,10 @@ def best(
 ) -> None:
     """Show the best trial: what it reached, and with which configuration."""
     from sweeper.cli.printing import number, out, print_json, text
-    from sweeper.store import open_store, standing, studies
+    from sweeper.store import standing, studies
 
-    opened = open_store(_settings(store, home).store_url)
-    now = standing(opened, studies.load(opened, study))
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        now = standing(opened, studies.load(opened, study))
     row = now.best
     if row is None:
         sys.stderr.write(f"sweeper: no trial of {study!r} has completed yet\n")
@@ -132,11 +145,11 @@ def best(
         console.print(f"  {text(path):<22} {text(value)}")
 
 
-def _ask(study: str, store: str | None, home: object, what: str, said: str) -> None:
-    from sweeper.store import Control, open_store, studies
+def _ask(study: str, store: str | None, home: Path | None, what: str, said: str) -> None:
+    from sweeper.store import Control, studies
 
-    opened = open_store(_settings(store, home).store_url)
-    studies.ask(opened, studies.load(opened, study).id, Control(what))
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        studies.ask(opened, studies.load(opened, study).id, Control(what))
     sys.stdout.write(f"{study}: {said}\n")
 
 
@@ -162,14 +175,14 @@ def cancel(study: StudyArgument, store: StoreOption = None, home: HomeOption = N
 
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
     """Put every failed trial back into the queue."""
-    from sweeper.store import Control, open_store, recovery, studies
+    from sweeper.store import Control, recovery, studies
 
-    opened = open_store(_settings(store, home).store_url)
-    stored = studies.load(opened, study)
-    with opened.exclusively():
-        numbers = recovery.retry(opened, stored.id)
-    if numbers and studies.asked(opened, stored.id)[1]:  # a controller had stopped it
-        studies.ask(opened, stored.id, Control.RUN)
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        stored = studies.load(opened, study)
+        with opened.exclusively():
+            numbers = recovery.retry(opened, stored.id)
+        if numbers and studies.asked(opened, stored.id)[1]:  # a controller had stopped it
+            studies.ask(opened, stored.id, Control.RUN)
     if not numbers:
         raise UsageError(f"{study!r} has no failed trial to retry")
     sys.stdout.write(f"{study}: {len(numbers)} trials are waiting again\n")

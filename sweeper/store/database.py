@@ -13,8 +13,6 @@ Optuna's own tables, Optuna's own storage. What is added is care (design decisio
 from __future__ import annotations
 
 import contextlib
-import errno
-import sys
 import threading
 import time
 import warnings
@@ -33,14 +31,13 @@ from sqlalchemy.pool import QueuePool
 
 from sweeper.errors import (
     MissingExtraError,
-    StoreRefusedError,
-    StoreUnreachableError,
     UsageError,
 )
 from sweeper.private import FILE_MODE, private_file, private_folder
 from sweeper.settings import masked, store_address
 from sweeper.store import tables
 from sweeper.store.cache import RecentStorage
+from sweeper.store.refusals import reaching
 from sweeper.store.schema import create_own_tables, is_complete
 
 if TYPE_CHECKING:  # grpc is an extra
@@ -318,39 +315,3 @@ def _study_lock(store: Store, study_id: int, timeout_s: float) -> Iterator[bool]
     finally:  # the end of the connection gives the lock back
         with contextlib.suppress(exc.SQLAlchemyError):
             connection.close()
-
-
-@contextlib.contextmanager
-def reaching(address: URL | str) -> Iterator[None]:
-    """Translate what Optuna and SQLAlchemy raise when the database does not answer."""
-    try:
-        yield
-    except _failures() as error:
-        cause = error.__cause__ if isinstance(error.__cause__, exc.SQLAlchemyError) else error
-        reason = _reason(cause).strip().splitlines() or [""]
-        where = masked(address.render_as_string()) if isinstance(address, URL) else address
-        kind = StoreRefusedError if _is_final(error, reason[0]) else StoreUnreachableError
-        raise kind(f"the store must answer, but {where} said: {reason[0]}") from error
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What is raised when a database does not answer; by gRPC too, in a process that uses it."""
-    grpc = sys.modules.get("grpc")
-    usual = (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError, OSError)
-    return usual if grpc is None else (*usual, grpc.RpcError)
-
-
-def _reason(error: BaseException) -> str:
-    """What the driver, or a proxy, said."""
-    details = getattr(error, "details", None)
-    if callable(details):
-        return str(details() or error)
-    return str(getattr(error, "orig", None) or error)
-
-
-def _is_final(error: Exception, reason: str) -> bool:
-    """Whether waiting does not mend it: a full disk, a read-only or damaged file."""
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EROFS, errno.EACCES}:
-        return True
-    words = ("readonly", "read-only", "is full", "malformed", "not a database", "disk i/o error")
-    return any(word in reason.lower() for word in (*words, "unable to open"))

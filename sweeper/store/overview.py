@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 
 from sweeper.store import attributes as attr
 from sweeper.store.attributes import Control
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
+from sweeper.store.refusals import reaching
 
 _COUNTED = {
     TrialState.COMPLETE: "complete",

@@ -12,7 +12,8 @@ from typing import Any, Final, Self
 from sweeper.errors import StoreUnreachableError, UsageError
 from sweeper.store import overview, queue, workers
 from sweeper.store.cache import RecentStorage
-from sweeper.store.database import Store, open_store, reaching
+from sweeper.store.database import Store, open_store
+from sweeper.store.refusals import reaching
 from sweeper.store.remote import METHOD, require_grpc
 
 _THREADS: Final = 32

@@ -38,7 +38,8 @@ from sweeper.store import attributes as attr
 from sweeper.store import sampling, tables
 from sweeper.store.attributes import Outcome
 from sweeper.store.cache import RecentStorage
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
+from sweeper.store.refusals import reaching
 from sweeper.store.tables import BEATS, FACTS, TRIALS
 from sweeper.study.spec import StudySpec
 

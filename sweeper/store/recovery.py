@@ -20,7 +20,8 @@ from sweeper.errors import StoreUnreachableError
 from sweeper.store import attributes as attr
 from sweeper.store import tables
 from sweeper.store.attributes import Outcome
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
+from sweeper.store.refusals import reaching
 from sweeper.store.tables import BEATS, FACTS, TRIALS
 from sweeper.study.spec import Faults, StudySpec
 

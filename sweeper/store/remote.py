@@ -36,7 +36,7 @@ _OPTIONS: Final = (
 class RemoteStorage(GrpcStorageProxy):
     """Optuna's client with a limit to every call, and :meth:`call` for what Optuna does not offer.
 
-    Whatever fails is raised as ``grpc.RpcError``, which `sweeper.store.database.reaching` knows.
+    Whatever fails is raised as ``grpc.RpcError``, which `sweeper.store.refusals.reaching` knows.
     """
 
     def call(self, what: str, /, **arguments: Any) -> Any:

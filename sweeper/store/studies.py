@@ -15,7 +15,8 @@ from sweeper.errors import StudyNotFoundError, UsageError
 from sweeper.store import attributes as attr
 from sweeper.store import sampling
 from sweeper.store.attributes import Control
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
+from sweeper.store.refusals import reaching
 from sweeper.study.spec import StudySpec
 from sweeper.study.suggest import did_you_mean
 

@@ -12,9 +12,10 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.store import attributes as attr
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
 from sweeper.store.queue import values
 from sweeper.store.recovery import due, superseded
+from sweeper.store.refusals import reaching
 from sweeper.store.studies import StoredStudy
 from sweeper.study.spec import Objective, StudySpec
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 import sqlalchemy
 from sqlalchemy.dialects import postgresql, sqlite
 
-from sweeper.store.database import Store, reaching
+from sweeper.store.database import Store
+from sweeper.store.refusals import reaching
 from sweeper.store.schema import WORKERS
 
 ALIVE_S: Final = 60.0
