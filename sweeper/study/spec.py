@@ -251,9 +251,9 @@ class Resources(Section):
     """Who trains. ``workers: auto`` is one a GPU, or one a core where there is no GPU.
 
     ``priority``: workers that serve all studies of a store take the highest first, and among equals
-    the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials of equal
-    structure a worker trains as one batch: ``auto`` is 1 on a CPU, and on a GPU what is measured to
-    be the fastest there.
+    the oldest study. ``gpus_per_worker`` may be a fraction. ``cohort`` is how many trials a worker
+    trains at once, those of equal structure as one batch, others beside them on CUDA streams:
+    ``auto`` is 1 on a CPU, and on a GPU what is measured to be the fastest there, in which way.
     ``slurm`` is what a SLURM cluster is asked for.
     """
 

@@ -1,4 +1,4 @@
-"""What is the same of a network's trial, whether it trains alone or in a cohort."""
+"""What is the same of a network's trial, whether it trains alone or with others."""
 
 from __future__ import annotations
 

@@ -144,11 +144,9 @@ class Together:
 
     def _begun(self, attempt: Attempt, config: TrialConfig) -> NetworkTrial:
         """The trial as a member, after its last epoch."""
-        from sweeper.training.cohort import structure, why_alone
+        from sweeper.training.cohort import structure
 
         kind, way = structure(config), self._choice(config).way
-        if why_alone(config, self.crew.device):
-            way = "streams"
         if way == "cohort":
             name = names.cohort_name(self.worker.name, attempt.claimed.number)
             attempt.cohort = self._batches.setdefault(kind, name)
@@ -203,11 +201,15 @@ class Together:
         return {kind for kind, count in self.crew.lanes() if count}
 
     def _choice(self, config: TrialConfig) -> Choice:
-        from sweeper.training.cohort import structure
+        """How many of its structure train at once, and how; remembered while this company lasts."""
+        from sweeper.training.cohort import Choice, structure, why_alone
 
         kind = structure(config)
         if kind not in self._choices:
-            self._choices[kind] = self.cohorts.choice(self.study, config, measure=False)
+            choice = self.cohorts.choice(self.study, config, measure=False)
+            if choice.way == "cohort" and why_alone(config, self.crew.device):
+                choice = Choice(way="streams", size=choice.beside, beside=choice.beside)
+            self._choices[kind] = choice
         return self._choices[kind]
 
     def _has_room(self, attempt: Attempt, config: TrialConfig) -> bool:
