@@ -1,8 +1,8 @@
 """What a worker sees of a trial in training, whatever trains in it.
 
-A :class:`Trial` has results and a state. A :class:`Training` is a trial that trains by itself. Others
-train together: as members of a cohort (`sweeper.training.cohort`), and trials of any structure side
-by side (`sweeper.training.crew`).
+A :class:`Trial` has results and a state. A :class:`Training` is a trial that trains by itself.
+Others train together: as members of a cohort (`sweeper.training.cohort`), and trials of any
+structure side by side (`sweeper.training.crew`).
 """
 
 from __future__ import annotations
