@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group, RenderableType
@@ -27,12 +26,7 @@ class View(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
 
     def show(self, now: Progress, workers: int, note: str = "") -> None:
         """Show ``now``; ``note`` is a line for the person who waits."""
@@ -58,16 +52,11 @@ class _LiveView:
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._live.__enter__()
+        self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.__exit__(kind, error, trace)
+    def __exit__(self, *_error: object) -> None:
+        self._live.stop()
 
     def show(self, now: Progress, workers: int, note: str = "") -> None:
         self._live.update(self._render(now, workers, note))
@@ -145,12 +134,7 @@ class _PlainView:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         return None
 
     def show(self, now: Progress, workers: int, note: str = "") -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sweeper.settings import ROLE_TAG, ROLE_TRIAL, RUN_KEY_TAG, Settings
 from sweeper.tracking.batch import Batch, fitting_name
 from sweeper.tracking.history import _points
-from sweeper.tracking.mlflow import connect, log_batch, set_status, translated
+from sweeper.tracking.mlflow import connect, list_runs, log_batch, set_status
 from sweeper.tracking.service import readable_uri
 
 
@@ -36,21 +36,7 @@ def audited(settings: Settings, study: str, metrics: Sequence[str] = ()) -> list
     if uri is None:
         return []
     client = connect(uri)
-    runs = []
-    with translated(f"list the runs of {study!r}"):
-        experiment = client.get_experiment_by_name(study)
-        token: str | None = None
-        while experiment is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                filter_string=f"tags.`{ROLE_TAG}` = '{ROLE_TRIAL}'",
-                max_results=1000,
-                page_token=token,
-            )
-            runs += list(page)
-            token = page.token
-            if not token:
-                break
+    runs = list_runs(client, study, where=f"tags.`{ROLE_TAG}` = '{ROLE_TRIAL}'")
     run_ids = [str(run.info.run_id) for run in runs]
     points: dict[str, dict[str, Counter[int]]] = {run_id: {} for run_id in run_ids}
     for metric in metrics:

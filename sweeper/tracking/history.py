@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urlsplit
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
-from sweeper.settings import RUN_KEY_TAG, Settings
+from sweeper.settings import Settings
 from sweeper.tracking.batch import fitting_name
-from sweeper.tracking.mlflow import connect, translated
+from sweeper.tracking.mlflow import connect, runs_by_key, translated
 from sweeper.tracking.service import readable_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 CURVES: Final = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
 """The metrics that are read where no others are asked for."""
@@ -55,7 +54,7 @@ def records(
     if uri is None:
         return {}
     client = connect(uri)
-    runs = _runs(client, study)
+    runs = runs_by_key(client, study)
     found = _histories(client, [str(run.info.run_id) for run in runs.values()], metrics)
     return {
         key: RunRecord(
@@ -73,28 +72,6 @@ def histories(
 ) -> dict[str, Mapping[str, Mapping[int, float]]]:
     """Run key → metric → step → value, of all runs of a study. Raises as :func:`records`."""
     return {key: record.history for key, record in records(settings, study, metrics).items()}
-
-
-def _runs(client: MlflowClient, study: str) -> dict[str, Run]:
-    """Run key → run; of several with one key the oldest."""
-    result: dict[str, Run] = {}
-    with translated(f"list the runs of {study!r}"):
-        experiment = client.get_experiment_by_name(study)
-        token: str | None = None
-        while experiment is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                order_by=["attributes.start_time ASC"],
-                max_results=1000,
-                page_token=token,
-            )
-            for run in page:
-                if RUN_KEY_TAG in run.data.tags:
-                    result.setdefault(run.data.tags[RUN_KEY_TAG], run)
-            token = page.token
-            if not token:
-                break
-    return result
 
 
 def _histories(

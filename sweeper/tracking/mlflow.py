@@ -205,26 +205,45 @@ def get_run(client: MlflowClient, run_id: str) -> Run:
         return client.get_run(run_id)
 
 
-def run_ids(client: MlflowClient, experiment: str) -> dict[str, str]:
-    """Key to run id of every run in the experiment of that *name*; one call for 1,000 runs."""
-    result: dict[str, str] = {}
+def list_runs(client: MlflowClient, experiment: str, where: str = "") -> list[Run]:
+    """The runs in the experiment of that *name*, the oldest first; one call for 1,000 runs.
+
+    ``where`` is MLflow's filter.
+    """
+    runs: list[Run] = []
     with translated(f"list the runs of {experiment!r}"):
         found = client.get_experiment_by_name(experiment)
         token: str | None = None
         while found is not None:
             page = client.search_runs(
                 [found.experiment_id],
+                filter_string=where,
                 order_by=["attributes.start_time ASC"],
                 max_results=1000,
                 page_token=token,
             )
-            for run in page:
-                if RUN_KEY_TAG in run.data.tags:
-                    result.setdefault(run.data.tags[RUN_KEY_TAG], str(run.info.run_id))
+            runs += page
             token = page.token
             if not token:
                 break
+    return runs
+
+
+def runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
+    """Key to run of every run in the experiment of that *name*; of several with one key the oldest.
+
+    One call for 1,000 runs.
+    """
+    result: dict[str, Run] = {}
+    for run in list_runs(client, experiment):
+        if RUN_KEY_TAG in run.data.tags:
+            result.setdefault(run.data.tags[RUN_KEY_TAG], run)
     return result
+
+
+def run_ids(client: MlflowClient, experiment: str) -> dict[str, str]:
+    """Key to run id of every run in the experiment of that *name*, as :func:`runs_by_key`."""
+    return {key: str(run.info.run_id) for key, run in runs_by_key(client, experiment).items()}
 
 
 def download_artifact(client: MlflowClient, run_id: str, path: str, folder: Path) -> Path:

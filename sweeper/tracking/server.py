@@ -19,7 +19,6 @@ import time
 import urllib.request
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 import psutil
@@ -49,12 +48,7 @@ class LocalServer:
         self.ensure()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def ensure(self) -> str:

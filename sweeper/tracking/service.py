@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
 from typing import Final, Self
 
 from sweeper.errors import TrackerUnreachableError
@@ -46,12 +45,7 @@ class TrackingService:
         self.look_after()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._server is None:
             return
         while self._thread is not None and self._thread.is_alive():
