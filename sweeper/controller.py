@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import make_url
 
 from sweeper import checkpoints
+from sweeper.address import host_of
 from sweeper.errors import (
     OutOfReachError,
     StoreRefusedError,
@@ -322,7 +323,7 @@ def refuse_if_out_of_reach(settings: Settings, launcher: Launcher) -> None:
     if not launcher.elsewhere:
         return
     store = make_url(settings.store_url)
-    if store.get_backend_name() == "sqlite" or _is_this_machine(store.host):
+    if store.get_backend_name() == "sqlite" or _is_this_machine(host_of(store)):
         raise UsageError(
             f"workers that {launcher.name} starts must reach the store from other machines, but "
             f"{masked(settings.store_url)} is on this machine alone; "

@@ -369,6 +369,7 @@ FAR = {
         ({}, "must reach the store"),
         ({"SWEEPER_STORE": "postgresql+psycopg://me:geheim@localhost/s"}, "must reach the store"),
         ({"SWEEPER_STORE": "postgresql+psycopg://127.0.0.2/s"}, "must reach the store"),
+        ({"SWEEPER_STORE": "postgresql+psycopg:///s?host=/run/postgresql"}, "must reach the store"),
         ({"MLFLOW_TRACKING_URI": ""}, "MLFLOW_TRACKING_URI is not set"),
         ({"MLFLOW_TRACKING_URI": "http://u:geheim@127.0.0.1:5000"}, "must reach MLflow"),
         ({"MLFLOW_TRACKING_URI": "sqlite:////x/mlflow.db"}, "must reach MLflow"),
@@ -384,6 +385,8 @@ def test_workers_elsewhere_must_reach_store_and_tracker(
     assert "geheim" not in str(caught.value)
     refuse_if_out_of_reach(settings, Apparent())
     refuse_if_out_of_reach(Settings.resolve(environment=FAR), Apparent(elsewhere=True))
+    named = {**FAR, "SWEEPER_STORE": "postgresql+psycopg:///s?host=db.example.org"}
+    refuse_if_out_of_reach(Settings.resolve(environment=named), Apparent(elsewhere=True))
 
 
 def test_only_a_worker_of_this_machine_is_tied_to_its_launch(

@@ -29,12 +29,13 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import QueuePool
 
+from sweeper.address import store_address
 from sweeper.errors import (
     MissingExtraError,
     UsageError,
 )
 from sweeper.private import FILE_MODE, private_file, private_folder
-from sweeper.settings import masked, store_address
+from sweeper.settings import masked
 from sweeper.store import tables
 from sweeper.store.cache import RecentStorage
 from sweeper.store.refusals import reaching
