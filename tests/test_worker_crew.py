@@ -11,10 +11,13 @@ import torch
 from worker_bench import Bench, MakeBench, alone, assert_same
 
 from sweeper.config import TrialConfig
+from sweeper.training import CaptureError
 from sweeper.training.cohort import Choice
 from sweeper.training.crew import Crew
 from sweeper.training.engine import Engine
 from sweeper.training.turns import Steps
+from sweeper.worker.cohorts import Cohorts, out_of_memory
+from sweeper.worker.work import Work
 
 BASE: dict[str, Any] = {
     "model": {"name": "mlp", "layers": 1, "dropout": 0.2},
@@ -238,3 +241,46 @@ def test_auto_takes_trials_until_the_device_is_full(
     for key, run in found.tracker.runs.items():
         beside = run.tags.get("sweeper.company", "")
         assert bool(beside) == (run.params["model.width"] != 12), key
+
+
+def test_what_did_not_fit_holds_wherever_the_same_structures_are(bench: MakeBench) -> None:
+    found = bench(resources={"cohort": 4})
+    cohorts = Cohorts(worker=found.worker, work=Work(store=found.store, worker="me"))
+    cohorts.remember_limit({"a", "b"}, 4)
+    cohorts.remember_limit({"a"}, 6)
+    cohorts.remember_limit({"c"}, 1)
+    assert cohorts.limit({"a"}) == 6
+    assert cohorts.limit({"b"}) is None
+    assert cohorts.limit({"a", "b", "d"}) == 4
+    assert cohorts.limit({"a", "b", "c"}) == 1
+
+
+def test_a_few_structures_of_a_study_are_measured_and_the_others_are_like_the_last(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = [4, 5, 6, 7, 8]
+    measured: list[int] = []
+
+    def choice(worker: Any, config: TrialConfig, device: torch.device) -> Choice:
+        measured.append(config.model.model_dump()["width"])
+        return Choice(way="streams", size=measured[-1], beside=measured[-1])
+
+    monkeypatch.setattr("sweeper.worker.cohorts.measured_choice", choice)
+    found = bench(resources={"cohort": "auto"})
+    cohorts = Cohorts(worker=found.worker, work=Work(store=found.store, worker="me"))
+    configs = [found.study.spec.trial_config({"model.width": width}) for width in widths]
+    asked = [cohorts.choice(found.study, config, measure=True).size for config in configs]
+    assert measured == [4, 5, 6]
+    assert asked == [4, 5, 6, 6, 6]
+    assert [cohorts.choice(found.study, each, measure=False).size for each in configs] == asked
+
+
+def test_memory_too_small_for_a_capture_is_memory_too_small() -> None:
+    def failed(first: Exception) -> CaptureError:
+        """As `sweeper.training.capture` raises it: ending a broken capture raises once more."""
+        second, third = RuntimeError("the capture was invalidated"), CaptureError("none")
+        second.__context__, third.__cause__ = first, second
+        return third
+
+    assert out_of_memory(failed(torch.OutOfMemoryError("no room")))
+    assert not out_of_memory(failed(ValueError("something else")))

@@ -1,7 +1,7 @@
 """Lanes: things that train side by side, in turn on one thread, each on a CUDA stream of its own.
 
-A turn queues one batch (one replay of a captured step takes microseconds to queue) and returns, so
-one thread keeps many streams busy; threads would fight for the interpreter, and no two graphs may
+A turn queues a few batches (one replay of a captured step takes microseconds to queue) and returns,
+so one thread keeps many streams busy; threads would fight for the interpreter, and no two graphs may
 be captured at once. Nobody waits for another one: a lane whose stream has enough to do, or whose
 epoch is over for the host but not for the device, is passed over. On a CPU there are no streams,
 and the same turns train one batch after the other.
@@ -37,7 +37,10 @@ from sweeper.training.turns import Awaited, Steps
 
 T = TypeVar("T")
 
-_AHEAD: Final = 64
+_BATCHES_A_TURN: Final = {"cpu": 1, "cuda": 8}
+"""A replay of a small model's step is queued faster than the stream and the generator are changed,
+so a turn on a GPU queues several."""
+_AHEAD: Final = 16
 """So many turns may be queued on a stream. More would fill the driver's queue, where the next
 launch waits, and with it everybody; fewer would run dry while the worker reports an epoch."""
 _NAP_S: Final = 2e-5
@@ -77,14 +80,15 @@ class Lane(Generic[T]):
         self._steps = steps
 
     def turn(self) -> bool:
-        """Go on to the next pause. True: the steps are at their end, see :meth:`result`."""
+        """Train on the next batch or batches. True: the steps are at their end, see
+        :meth:`result`."""
         steps, ended = self._steps, False
         if steps is None:
             return True
         try:
             with self._own():
                 try:
-                    self._awaited = next(steps)
+                    self._advance(steps)
                 except StopIteration as end:
                     self._ended, ended = (end.value, None), True
                 else:
@@ -94,6 +98,12 @@ class Lane(Generic[T]):
         if ended:
             self._idle()
         return ended
+
+    def _advance(self, steps: Steps[T]) -> None:
+        for _ in range(_BATCHES_A_TURN.get(self._device.type, 1)):
+            self._awaited = next(steps)
+            if self._awaited is not None:
+                return
 
     def result(self) -> T:
         """What the last steps returned; raises what they raised."""

@@ -36,7 +36,10 @@ _TIMED: Final = frozenset({"seconds", "samples_per_s", "peak_memory_mib"})
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory did not suffice, the device's or the host's."""
+    """Whether memory did not suffice, the device's or the host's, also for capturing a step."""
+    if type(error).__name__ == "CaptureError":  # ending a broken capture raises once more
+        while error is not None and (error.__cause__ or error.__context__):
+            error = error.__cause__ or error.__context__
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 

@@ -297,6 +297,16 @@ def test_a_lane_that_waits_for_its_device_is_passed_over(
         assert_as_alone(bench, member, history)
 
 
+def test_several_batches_a_turn_change_nothing(
+    bench: Bench, squad: Squad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("sweeper.training.lanes._BATCHES_A_TURN", {"cpu": 8})
+    squad.join(bench.config(1, varied(1, "adam")))
+    squad.join(bench.config(2, varied(2, "sgd"), MODELS["vit"]), "cohort")
+    squad.to_the_end()
+
+
 def test_a_stream_that_has_enough_to_do_is_passed_over() -> None:
     class Never:
         done = False
@@ -308,10 +318,10 @@ def test_a_stream_that_has_enough_to_do_is_passed_over() -> None:
             raise RuntimeError("nobody may wait")
 
     lane = Lane[None](CPU)
-    events = [Never() for _ in range(64)]
-    lane._queued.extend(events[:63])
+    events = [Never() for _ in range(16)]
+    lane._queued.extend(events[:15])
     assert lane.ready
-    lane._queued.append(events[63])
+    lane._queued.append(events[15])
     assert not lane.ready
     events[0].done = True
     assert lane.ready

@@ -24,6 +24,7 @@ import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
+from sweeper.training.capture import CaptureError
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.cohort.rules import Way, structure, why_alone
 from sweeper.training.engine import Engine
@@ -148,13 +149,17 @@ def throughputs(
 def _rate(
     config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
 ) -> tuple[float | None, float]:
-    """Images a second, None where memory does not suffice, and the share of memory it took."""
+    """Images a second, None where memory does not suffice, and the share of memory it took.
+
+    A step that cannot be captured with ``train.graph: on`` counts as too little memory as well: for
+    one trial it is what its own run will say.
+    """
     used = [0.0]
     try:
         with _memory(device) as used:
             rate = len(dataset.train) * size / _seconds(config, dataset, device, size, way)
-    except (MemoryError, torch.OutOfMemoryError):
-        _log.info("memory does not suffice for %d trials at once (%s)", size, way)
+    except (MemoryError, torch.OutOfMemoryError, CaptureError) as error:
+        _log.info("%d trials at once (%s) do not fit: %s", size, way, error)
         return None, used[0]
     return rate, used[0]
 
