@@ -1,10 +1,10 @@
 """Lanes: things that train side by side, in turn on one thread, each on a CUDA stream of its own.
 
-A turn queues a few batches (one replay of a captured step takes microseconds to queue) and returns,
-so one thread keeps many streams busy; threads would fight for the interpreter, and no two graphs may
-be captured at once. Nobody waits for another one: a lane whose stream has enough to do, or whose
-epoch is over for the host but not for the device, is passed over. On a CPU there are no streams,
-and the same turns train one batch after the other.
+A turn queues a few batches (one replay of a captured step takes microseconds to queue) and
+returns, so one thread keeps many streams busy; threads would fight for the interpreter, and no two
+graphs may be captured at once. Nobody waits for another one: a lane whose stream has enough to do,
+or whose epoch is over for the host but not for the device, is passed over. On a CPU there are no
+streams, and the same turns train one batch after the other.
 
 What keeps streams apart and yet in order (torch's notes on CUDA semantics, "CUDA streams"):
 
