@@ -3,7 +3,7 @@
 Workers of one thread, as `sweeper launch` starts them on a CPU, load one after the other and stay.
 Each trains two trials, a whole epoch of a small MLP and the test part, so that every page is in
 use. Then one real worker trains three trials on the same data, one trains three on a split each,
-and another one trains these again.
+and two more train these again.
 
 Memory is PSS: what several have counts once, divided by those who have it. The data folder is a
 new one that links to the given one, so that the first worker finds nothing prepared.
@@ -209,6 +209,7 @@ def gaps(name: str, section: dict[str, Any], folder: Path, *, changing: bool) ->
                 1000 * (now - then) for now, then in zip((when, cpu), last["ended"], strict=True)
             )
             print(f"  gap {gap_ms:.0f} ms, of CPU time {cpu_ms:.0f} ms ({parts})", flush=True)
+        if what == "ended":
             pieces = {}
         last[what] = (when, cpu)
 
@@ -243,7 +244,7 @@ def main() -> None:
                         (folder / each.name).symlink_to(each)
                 for count in () if changing else options.workers:
                     memory(name, section, folder, count)
-                for _ in range(2 if changing else 1):
+                for _ in range(3 if changing else 1):
                     gaps(name, section, folder, changing=changing)
     return None
 
