@@ -91,7 +91,7 @@ _ALONE: dict[str, dict[int, Any]] = {}
 
 def alone(bench: MakeBench, **sections: Any) -> dict[int, Any]:
     """The numbers of the same study without cohorts, which several tests compare with."""
-    key = json.dumps(sections)
+    key = f"{bench.__module__} {json.dumps(sections)}"  # each file has a study of its own
     if key not in _ALONE:
         found = bench("alone", **sections)
         found.worker.run()

@@ -1,8 +1,9 @@
 """A worker: claim a trial, train it, report every epoch, finish it; then the next.
 
 ``loop`` claims, ``attempt`` takes one trial to its end, ``cohorts`` says which trials may train
-together and ``together`` trains them, ``heart`` beats for them, ``reports`` tells the store of
-their epochs, ``signals`` and ``patience`` are about ending early and holding out.
+together, ``room`` how many more, and ``together`` trains them. ``heart`` beats for them,
+``reports`` tells the store of their epochs, ``signals`` and ``patience`` are about ending early and
+holding out.
 """
 
 from sweeper.worker.attempt import flattened

@@ -13,36 +13,30 @@ at most one is drawn before its turn.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Final
 
 from sweeper import settings as names
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
-from sweeper.space import structural
 from sweeper.store import Outcome, StoredStudy, queue
 from sweeper.study.spec import Grid, ReferenceOnly
 from sweeper.worker.cohorts import Cohorts, out_of_memory
+from sweeper.worker.room import Room
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
     from sweeper.config import TrialConfig
     from sweeper.data import Dataset
     from sweeper.measurement import Measurement
-    from sweeper.training.cohort import Choice
     from sweeper.training.crew import Crew
     from sweeper.training.network import NetworkTrial
     from sweeper.worker.attempt import Attempt
     from sweeper.worker.loop import Worker
 
 _log = logging.getLogger(__name__)
-MAX_AT_ONCE: Final = 256
-"""As of ``resources.cohort``."""
 _LOOK_AGAIN_S: Final = 2.0
 """With room left and nothing found, the queue is looked at again after so long."""
 
@@ -58,21 +52,16 @@ class Together:
     study: StoredStudy
     next: Attempt | None = None
     attempts: dict[NetworkTrial, Attempt] = field(default_factory=dict)
-    _choices: dict[str, Choice] = field(default_factory=dict)
+    crew: Crew = field(init=False)
+    room: Room = field(init=False)
     _batches: dict[str, str] = field(default_factory=dict)
     _rates: dict[NetworkTrial, float] = field(default_factory=dict)
-    _structures: dict[str, str | None] = field(default_factory=dict)
-    _most: int = MAX_AT_ONCE
     _look_at: float = 0.0
     _over: bool = False
 
     @property
     def worker(self) -> Worker:
         return self.cohorts.worker
-
-    @property
-    def crew(self) -> Crew:
-        return self._crew
 
     def run(self, leader: Attempt) -> Attempt | None:
         """Train until nobody is left; the trial without room that comes next, or None.
@@ -82,7 +71,8 @@ class Together:
         from sweeper.training import best_device
         from sweeper.training.crew import Crew
 
-        self._crew = Crew(best_device())
+        self.crew = Crew(best_device())
+        self.room = Room(cohorts=self.cohorts, study=self.study, crew=self.crew)
         try:
             self._join(leader)
             while not self._over and not self.worker.signals.stopping:
@@ -115,7 +105,7 @@ class Together:
         try:
             with self.worker.fate_of(attempt):
                 config = attempt.configured()
-                if not self._has_room(attempt, config):
+                if not self.room.admits(attempt):
                     if self.next is not None:  # the other one was drawn before
                         attempt.give_back()
                     else:
@@ -146,7 +136,7 @@ class Together:
         """The trial as a member, after its last epoch."""
         from sweeper.training.cohort import structure
 
-        kind, way = structure(config), self._choice(config).way
+        kind, way = structure(config), self.room.choice(config).way
         if way == "cohort":
             name = names.cohort_name(self.worker.name, attempt.claimed.number)
             attempt.cohort = self._batches.setdefault(kind, name)
@@ -187,68 +177,10 @@ class Together:
         _log.warning("memory is too small for trial %d beside %d: %s", number, many, reason)
         from sweeper.training.cohort import structure
 
-        self._limit_to(many, {*self._kinds(), structure(attempt.configured())})
+        self.room.limit_to(many, {*self.room.kinds(), structure(attempt.configured())})
         attempt.give_back()
         self.crew.tidy()
         self.worker.free_memory()
-
-    def _limit_to(self, most: int, kinds: set[str]) -> None:
-        """Memory has room for no more: here, and wherever all these structures are together."""
-        self._most = min(self._most, most)
-        self.cohorts.remember_limit(kinds, most)
-
-    def _kinds(self) -> set[str]:
-        return {kind for kind, count in self.crew.lanes() if count}
-
-    def _choice(self, config: TrialConfig) -> Choice:
-        """How many of its structure train at once, and how; remembered while this company lasts."""
-        from sweeper.training.cohort import Choice, structure, why_alone
-
-        kind = structure(config)
-        if kind not in self._choices:
-            choice = self.cohorts.choice(self.study, config, measure=False)
-            if choice.way == "cohort" and why_alone(config, self.crew.device):
-                choice = Choice(way="streams", size=choice.beside, beside=choice.beside)
-            self._choices[kind] = choice
-        return self._choices[kind]
-
-    def _has_room(self, attempt: Attempt, config: TrialConfig) -> bool:
-        from sweeper.training.cohort import structure
-
-        if self.cohorts.why_by_itself(attempt, config) is not None:
-            return False
-        self._choice(config)
-        return self._fits_in(structure(config))
-
-    def _fits_in(self, kind: str | None) -> bool:
-        """Whether one more of a structure (None: of any other) fits beside those that train.
-
-        A lane takes as much of the device as its number of trials is of the best number, and no
-        less than one trial in a lane of its own.
-        """
-        lanes = [(each, count) for each, count in self.crew.lanes() if count]
-        if kind and self.cohorts.limit({kind}) == 1:  # whatever it is, it is to be by itself
-            return False
-        if not lanes:
-            return True
-        limit = self.cohorts.limit({*(each for each, _ in lanes), *([kind] if kind else [])})
-        if len(self.attempts) >= min(self._most, limit or self._most):
-            return False
-        choices = self._choices
-        choice = choices[kind] if kind else list(choices.values())[-1]
-        if kind and choice.way == "cohort":
-            for index, (each, count) in enumerate(lanes):
-                if each == kind:
-                    lanes[index] = (each, count + 1)
-                    return self._load(lanes) <= 1 + 1e-9
-        return self._load(lanes) + 1 / choice.beside <= 1 + 1e-9
-
-    def _load(self, lanes: list[tuple[str, int]]) -> float:
-        taken = 0.0
-        for kind, count in lanes:
-            choice = self._choices[kind]
-            taken += max(count / choice.size, 1 / choice.beside)
-        return taken
 
     def _fill(self) -> None:
         """Take trials from the queue until there is no room.
@@ -260,7 +192,7 @@ class Together:
             return
         if self.next is not None and not self.attempts:
             return
-        if self.next is not None and self._has_room(self.next, self.next.configured()):
+        if self.next is not None and self.room.admits(self.next):
             attempt, self.next = self.next, None
             self._join(attempt)
         share: int | None = None
@@ -270,17 +202,17 @@ class Together:
         while not self.worker.signals.stopping and (self.attempts or self.next is None):
             if most is not None and len(self.attempts) >= most:
                 break
-            welcome = [kind for kind in self._choices if self._fits_in(kind)]
-            beside = self._fits_in(None)
+            welcome = self.room.welcome()
+            beside = self.room.has_for(None)
             if not welcome and not beside:
                 break
-            claimed = self._claimed(set(welcome), beside=beside)
+            claimed = self._claimed(welcome, beside=beside)
             if claimed is None:
                 self._look_at = time.monotonic() + _LOOK_AGAIN_S
                 break
             self._join(self.worker.taken(self.study, claimed))
         self.crew.tidy()
-        there = self._kinds()
+        there = self.room.kinds()
         self._batches = {kind: name for kind, name in self._batches.items() if kind in there}
 
     def _claimed(self, welcome: set[str], *, beside: bool) -> queue.Claim | None:
@@ -289,7 +221,9 @@ class Together:
         drawn = not isinstance(self.study.spec.search.sampler, Grid | ReferenceOnly)
         work, found = self.cohorts.work, None
         with self._store_may_be_away():
-            found = work.another_where(self.study, lambda values: self._kind(values) in welcome)
+            found = work.another_where(
+                self.study, lambda values: self.room.structure_of(values) in welcome
+            )
             if found is None and (drawn or beside) and self.next is None:
                 found = work.another(self.study)
         return found
@@ -303,20 +237,6 @@ class Together:
             raise
         except StoreUnreachableError as error:
             _log.warning("the store does not answer, the trials train on: %s", error)
-
-    def _kind(self, values: Mapping[str, Any]) -> str | None:
-        """The structure of a trial of these values, worked out once for each; None: they do not
-        fit together."""
-        from sweeper.training.cohort import structure
-
-        deciding = {path: value for path, value in values.items() if structural(path)}
-        key = json.dumps(deciding, sort_keys=True, default=repr)
-        if key not in self._structures:
-            try:
-                self._structures[key] = structure(self.study.spec.trial_config(values))
-            except ValidationError:
-                return None
-        return self._structures[key]
 
     def _epoch(self) -> list[tuple[NetworkTrial, Measurement]]:
         """What those measured that are the first to finish an epoch; empty where one broke, and
@@ -374,10 +294,10 @@ class Together:
 
     def _halve(self, reason: str) -> None:
         """Keep half of the members, those that train the longest; the others go back."""
-        kinds, there = self._kinds(), list(self.attempts)
+        kinds, there = self.room.kinds(), list(self.attempts)
         kept = len(there) // 2
         self.worker.free_memory()
-        self._limit_to(max(kept, 1), kinds)
+        self.room.limit_to(max(kept, 1), kinds)
         if not kept:
             for member in there:
                 self.worker.run_out_of_memory(self.attempts[member], reason)
