@@ -154,6 +154,16 @@ class Settings:
         """Data sets as trials use them, which the workers of a machine share."""
         return prepared_folder(self.data)
 
+    @property
+    def compile_gains(self) -> Path:
+        """What ``torch.compile`` gave and cost, by program and device."""
+        return self.home / "compiled.json"
+
+    @property
+    def compiled_code(self) -> Path:
+        """What ``torch.compile`` made, shared by the workers of this home folder."""
+        return self.home / "compiled"
+
     def logs(self, study: str) -> Path:
         """The folder of the worker logs of a study."""
         return self.home / "logs" / study

@@ -19,7 +19,9 @@ class TrainConfig(Section):
     initial weights, order of the images, augmentation and dropout.
     ``loss: mse`` is the mean squared error against one-hot targets. ``precision: auto`` is
     bfloat16 autocast on CUDA and float32 elsewhere. ``graph`` captures the step as one CUDA
-    graph, ``compile`` runs it through ``torch.compile``; both change speed, not results.
+    graph. ``compile`` runs it through ``torch.compile``: ``auto`` only where that was measured to
+    repay here, by the number of steps with the same shapes in the study; with ``on`` a trial that
+    cannot be compiled fails. Both change speed, and results only by rounding.
     ``layer_statistics`` adds mean and standard deviation of every layer's weights and gradients
     to each epoch's measurement.
     """

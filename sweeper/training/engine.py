@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
 from sweeper.errors import UsageError
 from sweeper.models import build
 from sweeper.optim import make_loss, make_optimizer, set_lr
-from sweeper.training.capture import CapturedStep, CaptureError
+from sweeper.training.capture import CapturedStep
+from sweeper.training.compiling import Compiling
 from sweeper.training.device import noise, noise_generator, repeatable, stream
 from sweeper.training.evaluation import evaluate, evaluation_batch
 from sweeper.training.inputs import Inputs, Order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
+from sweeper.training.ready import ReadyStep
 from sweeper.training.state import model_state, optimizer_state, restore_optimizer
 from sweeper.training.step import Step, Totals
 from sweeper.training.turns import Steps, driven, settled
@@ -32,11 +33,23 @@ _CPU = torch.device("cpu")
 class Engine:
     """The model of ``config``, its optimizer and its training images on ``device``.
 
-    ``graph`` says whether the step is a CUDA graph: ``captured``, or why not. Raises UsageError
-    for ``train.graph: on`` without CUDA, CaptureError where it is on and cannot be done.
+    ``graph`` says whether the step is a CUDA graph, ``compiled`` whether it went through
+    ``torch.compile``, or why not. Without ``compiling`` there is nothing that ``train.compile:
+    auto`` could go by, and it compiles nothing.
+
+    Raises UsageError for ``train.graph: on`` without CUDA, CaptureError where it is on and cannot
+    be done; for ``train.compile: on`` UsageError where the model cannot be compiled, and
+    MissingExtraError where a program for that is missing.
     """
 
-    def __init__(self, config: TrialConfig, *, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        *,
+        dataset: Dataset,
+        device: torch.device,
+        compiling: Compiling | None = None,
+    ) -> None:
         train = config.train
         if train.graph == "on" and device.type != "cuda":
             raise UsageError(
@@ -57,8 +70,21 @@ class Engine:
         self.model = self._step.model
         self.inputs = self._step.inputs
         self._order = Order(len(self.inputs), batch_size=train.batch_size, device=device)
-        self._graph: CapturedStep | None = None
-        self.graph = self._made_ready()
+        self._ready = ReadyStep(
+            config,
+            step=self._step,
+            order=self._order,
+            device=device,
+            state=self.state,
+            restore=self.restore,
+        )
+        self._ready.capture()
+        self.compiled = self._ready.compile_if_worth(dataset.shape, compiling)
+        self.graph = self._ready.captured
+
+    @property
+    def _graph(self) -> CapturedStep | None:
+        return self._ready.graph
 
     def parameters(self) -> int:
         """How many numbers are trained."""
@@ -146,18 +172,13 @@ class Engine:
 
     def drop_graph(self) -> None:
         """Free the CUDA graph; training goes on eagerly."""
-        if self._graph is not None:
-            self._graph.close()
-            self._graph = None
+        self._ready.close()
 
     def _assembled(self) -> Step:
         config, train = self._config, self._config.train
         model = build(config.model, self._dataset.shape, seed=train.seed)
         model.to(device=self._device, dtype=self.precision.dtype)
         model.to(memory_format=self._memory_format)
-        compiled: Callable[[Tensor], Tensor] = model
-        if train.compile == "on":
-            compiled = torch.compile(model)
         optimizer = make_optimizer(
             config.optimizer,
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -165,7 +186,7 @@ class Engine:
         )
         return Step(
             model=model,
-            compiled=compiled,
+            compiled=model,
             optimizer=optimizer,
             loss=make_loss(train, self._dataset.shape.classes),
             inputs=self.part(self._dataset.train, augmented=True),
@@ -173,53 +194,3 @@ class Engine:
             clip_norm=config.optimizer.clip_norm,
             totals=Totals(self._device),
         )
-
-    def _made_ready(self) -> str:
-        """Make the step a CUDA graph if that is wanted and works; what came of it.
-
-        Compiling happens here too, so that no epoch's time contains it.
-        """
-        train, reason = self._config.train, self._eager_because()
-        if reason is not None and train.graph == "on":
-            raise CaptureError(f"train.graph: on cannot be done: {reason}")
-        if reason is not None and train.compile != "on":
-            return f"not used: {reason}"
-        step, order, before = self._step, self._order, self.state()
-
-        def run() -> None:
-            step.full(order.following())
-
-        def undo() -> None:
-            step.forget_gradients()
-            self.restore(before)
-            step.totals.clear()
-            order.rewind()
-
-        set_lr(step.optimizer, self._config.optimizer.lr)
-        self.model.train()
-        with repeatable(self._device), noise(self._device, 0):
-            if reason is None:
-                try:
-                    self._graph = CapturedStep(run, undo=undo, device=self._device)
-                    return "captured"
-                except CaptureError as error:
-                    if train.graph == "on":
-                        raise
-                    reason = str(error)
-            if order.full:
-                run()
-                undo()
-        return f"not used: {reason}"
-
-    def _eager_because(self) -> str | None:
-        """Why a capture need not be tried."""
-        if self._device.type != "cuda":
-            return "a CUDA graph needs a CUDA device"
-        if self._config.train.graph == "off":
-            return "train.graph is off"
-        if not self._order.full:
-            return "the training images do not fill one batch"
-        optimizer_skips = getattr(self._step.optimizer, "_step_supports_amp_scaling", False)
-        if self._step.scaler is not None and not optimizer_skips:
-            return "loss scaling for float16 waits for the device, unless the optimizer is fused"
-        return None

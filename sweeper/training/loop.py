@@ -12,6 +12,7 @@ from sweeper.config import TrialConfig
 from sweeper.data import Dataset
 from sweeper.measurement import Measurement
 from sweeper.training.base import Interrupt, Interrupted, Poll, Training, TrainingClosedError
+from sweeper.training.compiling import Compiling
 from sweeper.training.device import forget_peak_memory
 from sweeper.training.engine import Engine
 from sweeper.training.inputs import Inputs
@@ -36,13 +37,15 @@ class NetworkTraining(NetworkTrial, Training):
         dataset: Dataset,
         device: torch.device,
         objective: tuple[str, bool],
+        compiling: Compiling | None = None,
     ) -> None:
         super().__init__(config, dataset=dataset, device=device, objective=objective)
         forget_peak_memory(device)
-        engine = Engine(config, dataset=dataset, device=device)
+        engine = Engine(config, dataset=dataset, device=device, compiling=compiling)
         self.parameters = engine.parameters()
         self.notes["precision"] = engine.precision.name
         self.notes["graph"] = engine.graph
+        self.notes["compile"] = engine.compiled
         self.notes["standardize"] = "once" if engine.inputs.kept_standardized else "every batch"
         self._engine: Engine | None = engine
         self._validation: Inputs | None = engine.part(dataset.val)

@@ -24,6 +24,7 @@ from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value
 from sweeper.store.view import best_of, better
 from sweeper.tracking import RunStart
+from sweeper.worker.compiling import going_by
 from sweeper.worker.patience import GIVE_UP_S, patiently
 from sweeper.worker.reports import Reports
 
@@ -118,6 +119,7 @@ class Attempt:
             folder=worker.settings.data,
             dataset=worker.dataset_for(config),
             objective=self.by,
+            compiling=going_by(worker.settings, self.study.spec),
         )
         worker.keep(config, training.dataset)
         self.begin(training)

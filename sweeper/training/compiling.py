@@ -1,0 +1,299 @@
+"""``torch.compile`` of the training step: whether it repays, and what it needs.
+
+``train.compile: auto`` compiles a structure only where that repays on this device. What it goes by
+is measured once and remembered in the home folder, by the program that is compiled (model, shapes,
+batch, precision), device and torch's version:
+
+1. Too few steps with these shapes to repay anything: nothing is even measured.
+2. Nothing known: one eager step is timed. If all the steps with these shapes take less than
+   :data:`TRY_S` together, compiling is not tried.
+3. Else the step is compiled, and timed against the eager one in turn. The trial that measured
+   trains with what was faster.
+4. What is known: compiled where the seconds saved are more than the seconds that compiling took.
+
+A trial is compiled from its first step to its last or not at all; what was tried before leaves no
+trace. Compiled kernels round differently, so the same seed gives the same numbers within rounding,
+not bit for bit: where that is asked for, ``off`` is the right value, and it is the default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sweeper.config import DataShape, TrialConfig
+from sweeper.errors import MissingExtraError, SweeperError
+from sweeper.private import private_folder, private_opener
+from sweeper.provenance import cpu_name
+
+_log = logging.getLogger(__name__)
+
+FEWEST_STEPS: Final = 200
+"""With fewer steps even timing one of them would be noticed."""
+TRY_S: Final = 600.0
+"""From so much training on compiling is tried: some ten times what it takes on a CPU (20 to 60 s
+were measured on a shared core), as it saves a tenth or so there."""
+WORTH: Final = 1.03
+"""A compiled step has to be so many times as fast: less is within the error of the measurement."""
+_ROUNDS: Final = 3
+_RECOMPILATIONS: Final = 1024
+"""torch gives up on a model after 8 variants in a process; a worker trains many structures."""
+
+
+_FOLDER: Final = "TORCHINDUCTOR_CACHE_DIR"
+
+
+class CompileError(SweeperError):
+    """The model cannot be compiled."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compiling:
+    """What ``train.compile`` goes by in a worker.
+
+    ``measured`` is the file with what compiling gave and cost, ``code`` the folder with compiled
+    code that all workers of a home share, and ``repeats`` the number of trials of the study that
+    run the very same program, this one included.
+    """
+
+    measured: Path
+    code: Path
+    repeats: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gain:
+    """Seconds of a step, eager and compiled, and of compiling; 0 where compiling was not tried.
+
+    ``failed``: why it could not be compiled, or nothing.
+    """
+
+    eager_s: float
+    compiled_s: float = 0.0
+    compile_s: float = 0.0
+    failed: str = ""
+
+
+class Rehearsed(Protocol):
+    """A training step that can be tried without leaving a trace."""
+
+    def compile(self) -> float:
+        """Let it run compiled from now on; the seconds until it is ready. Raises CompileError."""
+
+    def plain(self) -> None:
+        """Let it run without compiled code again."""
+
+    def step_s(self) -> float:
+        """Seconds of one step as it runs now."""
+
+
+def decide(step: Rehearsed, *, key: str, steps: int, how: Compiling) -> str:
+    """Compile ``step`` where that repays (``train.compile: auto``); what came of it.
+
+    ``steps``: how many this trial has. Deterministic, given what the file remembers.
+    """
+    total = steps * how.repeats
+    if total < FEWEST_STEPS:
+        return f"not used: {total} steps with these shapes are too few to repay it"
+    gain = recalled(how.measured, key)
+    if gain is None or not (gain.failed or gain.compiled_s):
+        return _first(step, gain, key=key, total=total, how=how)
+    if gain.failed:
+        return f"not used: {gain.failed}"
+    if reason := _not_worth(gain):
+        return reason
+    saved_s = (gain.eager_s - gain.compiled_s) * total
+    if saved_s <= gain.compile_s:
+        return f"not used: it would save {saved_s:.0f} s and takes {gain.compile_s:.0f} s"
+    try:
+        gain = replace(gain, compile_s=step.compile())
+    except CompileError as error:
+        _log.warning("train.compile: auto trains without: %s", error)
+        return f"not used: {error}"
+    remember(how.measured, key, gain)
+    return _compiled(gain)
+
+
+def _first(step: Rehearsed, gain: Gain | None, *, key: str, total: int, how: Compiling) -> str:
+    """Nobody has compiled this program here: time it, and try if there is enough to train."""
+    if gain is None:
+        gain = Gain(eager_s=step.step_s())
+        remember(how.measured, key, gain)
+    work_s = gain.eager_s * total
+    if work_s < TRY_S:
+        return (
+            f"not used: {work_s:.0f} s of training with these shapes; it is tried from "
+            f"{TRY_S:.0f} s on"
+        )
+    try:
+        gain = _compared(step)
+    except CompileError as error:
+        remember(how.measured, key, replace(gain, failed=str(error)))
+        _log.warning("train.compile: auto trains without: %s", error)
+        return f"not used: {error}"
+    remember(how.measured, key, gain)
+    reason = _not_worth(gain)
+    if reason is None:
+        step.compile()
+    return reason or _compiled(gain)
+
+
+def _compared(step: Rehearsed) -> Gain:
+    """Compiled and eager steps timed in turn, so that what else the machine does hits both."""
+    compile_s = step.compile()
+    compiled, eager = [], []
+    for _ in range(_ROUNDS):
+        step.compile()
+        compiled.append(step.step_s())
+        step.plain()
+        eager.append(step.step_s())
+    return Gain(eager_s=min(eager), compiled_s=min(compiled), compile_s=compile_s)
+
+
+def _not_worth(gain: Gain) -> str | None:
+    if gain.eager_s >= gain.compiled_s * WORTH:
+        return None
+    return f"not used: {_steps(gain)}"
+
+
+def _compiled(gain: Gain) -> str:
+    return f"compiled in {gain.compile_s:.1f} s: {_steps(gain)}"
+
+
+def _steps(gain: Gain) -> str:
+    eager_ms, compiled_ms = gain.eager_s * 1e3, gain.compiled_s * 1e3
+    return f"a step takes {eager_ms:.3g} ms without and {compiled_ms:.3g} ms with it"
+
+
+# --- compiling --------------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``model`` through ``torch.compile``; compiled when it is first called, see :func:`ready`.
+
+    Shapes are taken as they are, also where a process meets several. Dropout draws what it draws
+    eagerly, so a seed means the same trial with and without.
+    """
+    function: Callable[[Tensor], Tensor] = torch.compile(
+        model, dynamic=False, options={"fallback_random": True}
+    )
+    return function
+
+
+@contextlib.contextmanager
+def ready(code: Path | None) -> Iterator[None]:
+    """Compile in here. Compiled code is kept in ``code``, for the owner's eyes only.
+
+    Another folder that ``TORCHINDUCTOR_CACHE_DIR`` names goes first. Raises CompileError, with the
+    first line of what the compiler said; memory that does not suffice is raised as it is.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads for seconds
+
+    # The only way to tell inductor. It writes its default there itself, as soon as it is loaded.
+    if code is not None and os.environ.get(_FOLDER) in {None, default_cache_dir()}:
+        os.environ[_FOLDER] = str(code)
+    try:
+        if code is not None:
+            private_folder(code)
+        with torch._dynamo.config.patch(
+            recompile_limit=_RECOMPILATIONS, accumulated_recompile_limit=_RECOMPILATIONS
+        ):
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CompileError(f"the model cannot be compiled: {_first_line(error)}") from error
+
+
+def lacking(device: torch.device) -> str | None:
+    """What compiling for ``device`` needs and this machine lacks, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile needs the package triton for a GPU, but it is not installed"
+        names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if any(name and shutil.which(name.split()[0]) for name in names):
+        return None
+    return f"torch.compile needs a compiler, but {' or '.join(filter(None, names))} is not found"
+
+
+def required(device: torch.device) -> None:
+    """Raises MissingExtraError where ``train.compile: on`` cannot work for want of a program."""
+    if reason := lacking(device):
+        raise MissingExtraError(
+            f"train.compile: on cannot be done: {reason}; install it, or use auto or off"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+# --- what is remembered -----------------------------------------------------------------------
+
+
+def program(config: TrialConfig, shape: DataShape, device: torch.device) -> str:
+    """A text that two trials share if they run the same compiled code on the same kind of device.
+
+    Initial weights, optimizer and data change none of it; dropout does, even its rate.
+    """
+    train = config.train
+    what = {
+        "model": config.model.model_dump(mode="json", exclude={"init"}),
+        "shape": list(shape),
+        "batch_size": train.batch_size,
+        "precision": train.precision,
+        "graph": train.graph,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return f"{digest} {name} torch {torch.__version__}"
+
+
+def recalled(file: Path, key: str) -> Gain | None:
+    """What is remembered of ``key``; None where that is nothing, or nothing that makes sense."""
+    found = _read(file).get(key)
+    try:
+        gain = Gain(**found) if isinstance(found, dict) else None
+        sound = gain is not None and gain.eager_s > 0 <= gain.compiled_s and gain.compile_s >= 0
+    except TypeError:
+        return None
+    return gain if sound and gain is not None and isinstance(gain.failed, str) else None
+
+
+def remember(file: Path, key: str, gain: Gain) -> None:
+    """Keep it in ``file`` (JSON, for its owner only); a file that cannot be written is no harm."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    content = {**_read(file), key: asdict(gain)}
+    try:
+        private_folder(file.parent)
+        with open(temporary, "w", encoding="utf-8", opener=private_opener) as stream:
+            json.dump(content, stream, indent=1, sort_keys=True)
+        temporary.replace(file)
+    except OSError as error:
+        _log.warning("what was measured cannot be kept in %s: %s", file, error)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

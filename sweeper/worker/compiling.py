@@ -1,0 +1,40 @@
+"""What a worker knows of how often a trial's shapes repeat (``train.compile: auto``)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+from sweeper.settings import Settings
+from sweeper.space import FUSIBLE
+from sweeper.study.plan import plan
+from sweeper.study.spec import StudySpec
+
+if TYPE_CHECKING:  # torch takes seconds to load
+    from sweeper.training import Compiling
+
+_SAME_PROGRAM: Final = (FUSIBLE - {"model.dropout"}) | {"data.standardize"}
+"""Paths that leave the compiled code as it is: not dropout, whose rate becomes part of it."""
+
+
+def going_by(settings: Settings, spec: StudySpec) -> Compiling:
+    """What ``train.compile: auto`` goes by in the trials of ``spec``."""
+    from sweeper.training import Compiling
+
+    return Compiling(
+        measured=settings.compile_gains, code=settings.compiled_code, repeats=repeats(spec)
+    )
+
+
+def repeats(spec: StudySpec) -> int:
+    """How many trials of the study run the same program as any one of them, in the mean.
+
+    The budget, spread over every combination of what changes the program; 1 where such a
+    parameter is continuous. All workers together: they share what one of them has compiled.
+    """
+    planned = plan(spec)
+    counts = [each.count for each in planned.parameters if each.path not in _SAME_PROGRAM]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return 1
+    return max(1, planned.trials // math.prod(known))
