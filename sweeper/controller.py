@@ -204,6 +204,7 @@ class Sweep:
             },
             gpus=self.study.spec.resources.gpus_per_worker,
             logs=self.settings.logs(self.study.name),
+            forks=True,
         )
 
     def start(self) -> Progress:

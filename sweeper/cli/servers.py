@@ -17,6 +17,7 @@ import typer
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
 from sweeper.cli.plain import PlainFormatter, plain
 from sweeper.errors import UsageError
+from sweeper.launchers.forks import fork_as_asked
 from sweeper.settings import Settings, masked
 
 _OPENING_S: Final = 300.0
@@ -48,6 +49,7 @@ def worker(
     ] = False,
 ) -> None:
     """Pull trials and train them; without a study, serve every running study and wait for more."""
+    fork_as_asked(_import_everything)
     parent = os.getppid() if tied else None
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
@@ -78,6 +80,15 @@ def worker(
         ).run()
 
 
+def _import_everything() -> None:
+    """What every worker needs sooner or later."""
+    import sweeper.training
+    import sweeper.worker  # noqa: F401 - for the time that it takes
+    from sweeper.tracking import mlflow
+
+    mlflow.load()
+
+
 def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: bool) -> None:
     """Keep several workers alive, each a process of its own, until TERM or INT."""
     from sweeper.launchers import PYTHON, Crew, Job, LocalLauncher, automatic_workers
@@ -99,6 +110,7 @@ def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: b
                 ],
                 environment=settings.environment(),
                 logs=Path(folder),
+                forks=True,
             ),
             count=automatic_workers(1.0) if count == "auto" else int(count),
         ).run(lambda: len(received))

@@ -44,12 +44,15 @@ class Job:
     The environment may hold passwords, so it is not shown.
 
     ``logs`` is the folder that the copies write their output into, each on its own machine.
+    ``forks``: the command calls `sweeper.launchers.forks.fork_as_asked`, so that copies on one
+    machine may be forks of one process.
     """
 
     argv: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     gpus: float = 1.0
     logs: Path
+    forks: bool = False
 
     def command(self, python: str) -> list[str]:
         """The command line where ``python`` is the interpreter."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from sweeper.launchers import forks
 from sweeper.launchers.base import THREAD_VARIABLES, Group, Job, Process, tail
 from sweeper.private import private_folder, private_opener
 from sweeper.settings import WORKER_VARIABLE, local_worker_name
@@ -74,16 +75,26 @@ class _Child:
     name: str
     device: str
     slot: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | forks.Fork
     log: Path
     started: float
     ended: float | None = None
 
 
-class LocalLauncher:
-    """Starts workers as child processes, each in a session of its own.
+def _environment(job: Job, device: str) -> dict[str, str]:
+    """The environment of a copy: one thread where it has a core and no GPU."""
+    environment = {**os.environ, **job.environment, "CUDA_VISIBLE_DEVICES": device}
+    if not device:
+        for variable in THREAD_VARIABLES:
+            environment.setdefault(variable, "1")
+    return environment
 
-    A terminal's Ctrl-C therefore reaches the controller only, which asks the workers to end.
+
+class LocalLauncher:
+    """Starts workers as processes, each in a session of its own.
+
+    A terminal's Ctrl-C therefore reaches the controller only, which asks the workers to end. Those
+    on a CPU are forks of one process where that is possible (`sweeper.launchers.forks`).
     """
 
     name = "local"
@@ -92,6 +103,7 @@ class LocalLauncher:
     def __init__(self, group: Group | None = None) -> None:
         """``group`` is of no use here: nothing outlives this process."""
         self._children: list[_Child] = []
+        self._template: tuple[Job, forks.Template] | None = None
 
     def fitting(self, gpus: float) -> int:
         """As many as the GPUs allow, or one a core without any."""
@@ -111,25 +123,35 @@ class LocalLauncher:
         name = local_worker_name(len(self._children))
         device = devices(slot, job.gpus)
         log = job.logs / f"{name}.log"
-        environment = {**os.environ, **job.environment, WORKER_VARIABLE: name}
-        environment["CUDA_VISIBLE_DEVICES"] = device
-        if not device:
-            for variable in THREAD_VARIABLES:
-                environment.setdefault(variable, "1")
-        with open(log, "ab", opener=private_opener) as stream:
-            process = subprocess.Popen(
-                job.command(sys.executable),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-                start_new_session=True,
-            )
+        process = (
+            self._forked(job, name, log)
+            if job.forks and forks.POSSIBLE and not device
+            else self._spawned(job, name, log, device)
+        )
         child = _Child(
             name=name, device=device, slot=slot, process=process, log=log, started=time.monotonic()
         )
         self._children.append(child)
         return child
+
+    def _forked(self, job: Job, name: str, log: Path) -> forks.Fork:
+        """A fork of a template for this job. What keeps that from working is in the first's log."""
+        if self._template is None or self._template[0] != job or not self._template[1].usable:
+            command, environment = job.command(sys.executable), _environment(job, device="")
+            template = forks.Template(command=command, environment=environment, log=log)
+            self._template = job, template
+        return self._template[1].fork(name, log)
+
+    def _spawned(self, job: Job, name: str, log: Path, device: str) -> subprocess.Popen[bytes]:
+        with open(log, "ab", opener=private_opener) as stream:
+            return subprocess.Popen(
+                job.command(sys.executable),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**_environment(job, device), WORKER_VARIABLE: name},
+                start_new_session=True,
+            )
 
     def _process(self, child: _Child) -> Process:
         code = child.process.poll()

@@ -56,14 +56,20 @@ class ServerFailedError(TrackerUnreachableError):
     """The MLflow server answers that it failed: once is chance, always is the record's fault."""
 
 
+def load() -> None:
+    """Import MLflow, which takes 2 s, with few retries and a quiet console."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    import mlflow.tracking  # noqa: F401 - for the time that it takes
+
+
 def connect(tracking_uri: str) -> MlflowClient:
     """A client of the server (http) or database (sqlite, postgresql) at ``tracking_uri``.
 
     Sets MLflow's own environment variables for few retries and a quiet console, unless they are
     set. An http client is made without a call, so the server need not be up.
     """
-    for variable, value in _QUIET.items():
-        os.environ.setdefault(variable, value)
+    load()
     if urlsplit(tracking_uri).hostname in {"127.0.0.1", "localhost"}:
         _no_proxy_for("127.0.0.1,localhost")
     from mlflow import MlflowClient
