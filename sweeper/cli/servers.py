@@ -17,7 +17,6 @@ import typer
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
 from sweeper.cli.plain import PlainFormatter, plain
 from sweeper.errors import UsageError
-from sweeper.launchers.forks import fork_as_asked
 from sweeper.settings import Settings, masked
 
 _OPENING_S: Final = 300.0
@@ -49,6 +48,8 @@ def worker(
     ] = False,
 ) -> None:
     """Pull trials and train them; without a study, serve every running study and wait for more."""
+    from sweeper.launchers.forks import fork_as_asked
+
     fork_as_asked(_import_everything)
     parent = os.getppid() if tied else None
     to_stderr = logging.StreamHandler(sys.stderr)

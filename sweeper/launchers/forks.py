@@ -207,6 +207,13 @@ class Template:
                 if fork.handle is None:
                     fork.end(-number)
 
+    def close(self) -> None:
+        """End the template, not its forks: those that are tied to it see that they are alone."""
+        with self._ears:
+            self._process.kill()
+            while not self._gone:
+                self._hear(wait=True)
+
     def _living(self) -> list[Fork]:
         return [fork for fork in self._forks.values() if fork.returncode is None]
 

@@ -103,7 +103,7 @@ class LocalLauncher:
     def __init__(self, group: Group | None = None) -> None:
         """``group`` is of no use here: nothing outlives this process."""
         self._children: list[_Child] = []
-        self._template: tuple[Job, forks.Template] | None = None
+        self._templates: list[tuple[Job, forks.Template]] = []
 
     def fitting(self, gpus: float) -> int:
         """As many as the GPUs allow, or one a core without any."""
@@ -136,11 +136,12 @@ class LocalLauncher:
 
     def _forked(self, job: Job, name: str, log: Path) -> forks.Fork:
         """A fork of a template for this job. What keeps that from working is in the first's log."""
-        if self._template is None or self._template[0] != job or not self._template[1].usable:
+        made_for, template = self._templates[-1] if self._templates else (None, None)
+        if template is None or made_for != job or not template.usable:
             command, environment = job.command(sys.executable), _environment(job, device="")
             template = forks.Template(command=command, environment=environment, log=log)
-            self._template = job, template
-        return self._template[1].fork(name, log)
+            self._templates.append((job, template))
+        return template.fork(name, log)
 
     def _spawned(self, job: Job, name: str, log: Path, device: str) -> subprocess.Popen[bytes]:
         with open(log, "ab", opener=private_opener) as stream:
@@ -182,3 +183,5 @@ class LocalLauncher:
         if now:
             for child in self._children:
                 child.process.wait()
+            while self._templates:
+                self._templates.pop()[1].close()

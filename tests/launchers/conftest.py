@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launchers.slurm_cluster import GPUS, SHARDS, SlurmCluster, cluster
 
-from sweeper.launchers import Group, Launcher, LauncherName, LocalLauncher, local, open_launcher
+from sweeper.launchers import Group, Launcher, LocalLauncher, forks, local, open_launcher
 from sweeper.launchers.slurm import SlurmLauncher
 from sweeper.study.spec import Resources
 
@@ -21,12 +21,14 @@ from sweeper.study.spec import Resources
 class Place:
     """Where a launcher finds two GPUs, real or not. ``restarts``: it replaces dead copies itself.
 
-    ``open`` gives a launcher; with the same name, one for the same group. ``wait_s`` is how long
-    the place may take to start or end something on a busy machine.
+    ``forks``: copies without a GPU are forks of one process. ``open`` gives a launcher; with the
+    same name, one for the same group. ``wait_s`` is how long the place may take to start or end
+    something on a busy machine.
     """
 
     open: Callable[[str], Launcher]
     restarts: bool
+    forks: bool = False
     wait_s: float = 60.0
 
 
@@ -40,8 +42,24 @@ def local_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """This machine, with two GPUs that only their numbers make."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     local.gpus.cache_clear()
-    yield Place(open=lambda _name: LocalLauncher(), restarts=False)
+    opened: list[Launcher] = []
+
+    def open_(name: str) -> Launcher:
+        opened.append(LocalLauncher())
+        return opened[-1]
+
+    yield Place(open=open_, restarts=False)
+    for launcher in opened:
+        launcher.stop(now=True)
     local.gpus.cache_clear()
+
+
+@pytest.fixture
+def forked_place(local_place: Place) -> Place:
+    """This machine, for a job whose command can be forked."""
+    if not forks.POSSIBLE:
+        pytest.skip("this system has no pidfd, so that nothing is forked")
+    return replace(local_place, forks=True)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +135,7 @@ def slurm_place(
         launcher.stop(now=True)
 
 
-PLACES: tuple[LauncherName, ...] = ("local", "ray", "slurm")
+PLACES = ("local", "forked", "ray", "slurm")
 
 
 @pytest.fixture(params=PLACES)

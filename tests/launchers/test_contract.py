@@ -20,6 +20,9 @@ Found = TypeVar("Found")
 NASTY = """two words, a 'quote', "another", $HOME; a%b\\n and é"""
 
 COPY = """
+if "SWEEPER_FORKS" in __import__("os").environ:
+    from sweeper.launchers.forks import fork_as_asked
+    fork_as_asked(lambda: None)
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 name = os.environ["SWEEPER_WORKER"]
@@ -45,7 +48,7 @@ while True:
 """
 
 
-def job(folder: Path, *words: str, gpus: float = 0.0, **environment: str) -> Job:
+def job(place: Place, folder: Path, *words: str, gpus: float = 0.0, **environment: str) -> Job:
     """Copies that say in ``folder`` that they are there, and end at TERM with a word."""
     folder.mkdir(exist_ok=True)
     return Job(
@@ -53,6 +56,7 @@ def job(folder: Path, *words: str, gpus: float = 0.0, **environment: str) -> Job
         environment=environment,
         gpus=gpus,
         logs=folder / "logs",
+        forks=place.forks,
     )
 
 
@@ -92,7 +96,7 @@ def test_copies_get_words_environment_and_gpus(place: Place, tmp_path: Path) -> 
     """Two copies share a GPU where each has half of one; each has a name, none the same."""
     folder = tmp_path / "it's here"
     launcher = place.open("gpus")
-    launcher.start(job(folder, NASTY, "--flag", gpus=0.5, SWEEPER_TEST=NASTY), 4)
+    launcher.start(job(place, folder, NASTY, "--flag", gpus=0.5, SWEEPER_TEST=NASTY), 4)
     found = all_here(folder, 4, place)
     assert all(copy["words"] == [NASTY, "--flag"] for copy in found.values())
     environments = [copy["environment"] for copy in found.values()]
@@ -109,7 +113,7 @@ def test_copies_get_words_environment_and_gpus(place: Place, tmp_path: Path) -> 
 
 def test_a_copy_that_ends_well_is_over_and_its_log_is_there(place: Place, tmp_path: Path) -> None:
     launcher = place.open("ends")
-    launcher.start(job(tmp_path, "ends"), 1)
+    launcher.start(job(place, tmp_path, "ends"), 1)
     (name,) = all_here(tmp_path, 1, place)
     eventually(lambda: not alive(launcher), place.wait_s)
     assert process(launcher, name).exit_code == 0
@@ -120,7 +124,7 @@ def test_a_copy_that_ends_well_is_over_and_its_log_is_there(place: Place, tmp_pa
 def test_a_killed_copy_is_dead_and_another_takes_its_place(place: Place, tmp_path: Path) -> None:
     """The successor has another name, and ends in good order when it is told to."""
     launcher = place.open("killed")
-    work = job(tmp_path)
+    work = job(place, tmp_path)
     launcher.start(work, 1)
     ((first, copy),) = all_here(tmp_path, 1, place).items()
     assert copy["environment"].get("CUDA_VISIBLE_DEVICES") == ""
