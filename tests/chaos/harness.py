@@ -1,7 +1,8 @@
 """Break a sweep at random, by a seeded plan, and hold it to account afterwards.
 
 ``scripts/chaos`` runs it by hand, ``test_chaos.py`` a short form. Killed with SIGKILL are workers,
-``sweeper launch``, the MLflow server with all its processes, and PostgreSQL.
+the template that forks them, ``sweeper launch``, the MLflow server with all its processes, and
+PostgreSQL: one of those that run, each as likely as any other.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-from cli.conftest import Sweeper
+from cli.conftest import Sweeper, templates
 from servers.postgres import Postgres
 
 from sweeper.settings import Settings
@@ -38,13 +41,12 @@ _RESUMED = re.compile(r"trial (\d+) goes on after epoch (\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much of what is broken how often. ``kinds`` are drawn from evenly."""
+    """How much is broken how often."""
 
     trials: int
     workers: int
     seed: int
     every_s: float
-    kinds: tuple[str, ...]
     kills: int | None = None
     limit_s: float = 600
     epochs: int = 12
@@ -137,8 +139,7 @@ class Chaos:
             enough = plan.kills is not None and sum(account.killed.values()) >= plan.kills
             if time.monotonic() > due and not enough:
                 due = time.monotonic() + plan.every_s * self._random.uniform(0.5, 1.5)
-                kind = self._random.choice(plan.kinds)
-                account.killed[kind] += self._kill(kind)
+                self._kill()
             time.sleep(0.1)
         account.wrong.append(f"the sweep is not over after {plan.limit_s:.0f} s")
 
@@ -155,32 +156,32 @@ class Chaos:
                 start_new_session=True,
             )
 
-    def _kill(self, kind: str) -> int:
-        """Kill one of a kind; whether there was one."""
-        if kind == "postgres" and self._postgres is not None:
+    def _kill(self) -> None:
+        """Kill one of all that run."""
+        victims: list[tuple[str, Callable[[], object]]] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._launch is not None and self._launch.poll() is None:
+                victims.append(("launch", self._launch.kill))
+                for template in templates(psutil.Process(self._launch.pid)):
+                    victims.append(("template", template.kill))
+                    victims += [("worker", worker.kill) for worker in template.children()]
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((self._sweeper.folder / ".sweeper/server.json").read_text())
+            if psutil.pid_exists(known["pid"]):
+                victims.append(("mlflow", partial(os.killpg, known["pid"], signal.SIGKILL)))
+        if self._postgres is not None:
+            victims.append(("postgres", self._restart_postgres))
+        if victims:
+            kind, kill = self._random.choice(victims)
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                kill()
+                self.account.killed[kind] += 1
+
+    def _restart_postgres(self) -> None:
+        if self._postgres is not None:
             self._postgres.kill()
             time.sleep(self._random.uniform(0, 2))
             self._postgres.start()
-            return 1
-        if kind == "launch" and self._launch is not None and self._launch.poll() is None:
-            self._launch.kill()
-            self._launch.wait()
-            return 1
-        with contextlib.suppress(psutil.NoSuchProcess, OSError, ValueError):
-            if kind == "mlflow":
-                known = json.loads((self._sweeper.folder / ".sweeper/server.json").read_text())
-                os.killpg(known["pid"], signal.SIGKILL)
-                return 1
-            if kind == "worker" and self._launch is not None:
-                workers = [
-                    process
-                    for process in psutil.Process(self._launch.pid).children()
-                    if "worker" in process.cmdline()
-                ]
-                if workers:
-                    self._random.choice(workers).kill()
-                    return 1
-        return 0
 
     def _end_launch(self) -> None:
         if self._launch is not None and self._launch.poll() is None:
@@ -272,14 +273,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for all of it")
     parser.add_argument("--postgres", action="store_true", help="on PostgreSQL, killed as well")
     asked = parser.parse_args()
-    kinds = ("worker", "worker", "launch", "mlflow", *(["postgres"] if asked.postgres else []))
     plan = Plan(
         trials=asked.trials,
         workers=asked.workers,
         seed=asked.seed,
         every_s=asked.every,
         limit_s=asked.limit,
-        kinds=kinds,
     )
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     (folder / "home").mkdir()

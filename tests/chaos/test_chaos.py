@@ -17,7 +17,6 @@ def test_a_sweep_survives_the_death_of_its_parts(tmp_path: Path) -> None:
         workers=3,
         seed=0,
         every_s=4.0,
-        kinds=("worker", "worker", "launch", "mlflow"),
         kills=4,
         limit_s=240,
     )

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+
+from sweeper.launchers import forks
 
 STUDY: dict[str, Any] = {
     "name": "small",
@@ -72,6 +75,19 @@ class Sweeper:
 
     def json(self, *words: str | Path) -> Any:
         return json.loads(self.run(*words, "--json"))
+
+
+def templates(launch: psutil.Process) -> list[psutil.Process]:
+    """The process that forks workers for a launch, if there is one yet."""
+    return [child for child in launch.children() if "worker" in child.cmdline()]
+
+
+def workers_of(launch: psutil.Process) -> list[psutil.Process]:
+    """The workers of a launch that live."""
+    found = templates(launch)
+    if forks.POSSIBLE:
+        found = [worker for template in found for worker in template.children()]
+    return [worker for worker in found if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def _home(folder: Path) -> Sweeper:

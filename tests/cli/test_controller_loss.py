@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-from cli.conftest import Sweeper
-from cli.test_launch import running, wait_for, workers_of
+from cli.conftest import Sweeper, workers_of
+from cli.test_launch import running, wait_for
 from servers.postgres import Postgres
 
 TRIALS = 3

@@ -9,20 +9,12 @@ from typing import Any
 
 import psutil
 import pytest
-from cli.conftest import Sweeper
+from cli.conftest import Sweeper, workers_of
 
 pytestmark = pytest.mark.mlflow
 
 Launched = tuple[Sweeper, dict[str, Any]]
 SLOW = {"train": {"epochs": 400, "batch_size": 10}}
-
-
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [
-        child
-        for child in process.children()
-        if "worker" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
-    ]
 
 
 def wait_for(condition: Any, timeout_s: float = 90) -> Any:
