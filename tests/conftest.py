@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from small_data import learnable_images, write_idx
+from small_data import learnable_images, write_idx_family
 
 if TYPE_CHECKING:
     from servers.postgres import Postgres
@@ -74,11 +74,7 @@ def idx_folder(nasty_folder: Path) -> Callable[..., Path]:
     ) -> Path:
         families = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
         raw = nasty_folder / families[name] / "raw"
-        raw.mkdir(parents=True)
-        for prefix, count, seed in (("train", train, 0), ("t10k", test, 1)):
-            images, labels = learnable_images(count, (28, 28), 10, seed)
-            write_idx(raw / f"{prefix}-images-idx3-ubyte", images, packed=packed)
-            write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels, packed=packed)
+        write_idx_family(raw, train=train, test=test, packed=packed)
         return nasty_folder
 
     return write

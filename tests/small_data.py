@@ -30,3 +30,12 @@ def write_idx(path: Path, array: np.ndarray, *, packed: bool = False) -> None:
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content, mtime=0))
     else:
         path.write_bytes(content)
+
+
+def write_idx_family(raw: Path, *, train: int, test: int, packed: bool = False) -> None:
+    """The four files of an MNIST-like data set, in a folder that is not there yet."""
+    raw.mkdir(parents=True)
+    for prefix, count, seed in (("train", train, 0), ("t10k", test, 1)):
+        images, labels = learnable_images(count, (28, 28), 10, seed)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images, packed=packed)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels, packed=packed)

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 from cli.conftest import Sweeper, templates
 from servers.postgres import Postgres
+from small_data import write_idx_family
 
 from sweeper.settings import Settings
 from sweeper.store import Standing, open_store, standing, studies, tickets
@@ -54,7 +55,7 @@ class Plan:
     def study(self) -> dict[str, Any]:
         return {
             "name": "chaos",
-            "data": {"name": "digits", "limit": 300},
+            "data": {"name": "mnist", "validation": 60},
             "model": {"name": "mlp", "width": 8, "layers": 1, "dropout": 0.1},
             "train": {"epochs": self.epochs, "batch_size": 4},
             "search": {"trials": self.trials, "sampler": "random", "seed": self.seed},
@@ -118,6 +119,7 @@ class Chaos:
     def run(self) -> Account:
         """Break, wait until the sweep is over all the same, and look what came of it."""
         began = time.monotonic()
+        write_idx_family(self._sweeper.folder / "data/MNIST/raw", train=300, test=60)
         file = self._sweeper.write(**self._plan.study())
         try:
             self._until_over(file, began + self._plan.limit_s)
