@@ -9,7 +9,13 @@ one batch after the other.
 
 Images a second are those of all trials together, the median of the repetitions, and the spread is
 that from the slowest to the fastest. The roof is a large matrix product on the same device, in the
-precision that the trial has there.
+precision that the trial has there. "Of the memory" is the share of what a copy on the device moves
+in a second that the optimizer alone accounts for: parameters, gradients and the two means of AdamW,
+each read and written once a step.
+
+"CPU ms" is the processor time of a step in this process, which says more than images a second on a
+machine that others use as well. A compiled step says above its row how long that took, with
+an empty folder of compiled code (``TORCHINDUCTOR_CACHE_DIR``) or with what was there.
 
     python benchmarks/bench_step.py                 # all, on the GPU where there is one
     python benchmarks/bench_step.py --quick         # a minute or two on a CPU
@@ -24,6 +30,7 @@ import gc
 import json
 import platform
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +91,10 @@ def main() -> None:
     print(_machine(device))
     for name in options.models:
         print(
-            f"\n### {name}\n\n| trials | rung | images/s | spread | s/epoch of all | of the roof |"
+            f"\n### {name}\n\n| trials | rung | images/s | spread | s/epoch of all | CPU ms "
+            f"| of the roof | of the memory |"
         )
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         results[name] = _measured(name, options, device)
     if options.json:
         options.json.write_text(json.dumps({"machine": _machine(device), "models": results}))
@@ -105,16 +113,23 @@ def _measured(name: str, options: argparse.Namespace, device: torch.device) -> d
     dataset = rungs.images(shape, batch * options.batches, device)
     precision = precision_of(config.train, device)
     share = rungs.flops(config, shape) / rungs.roof(device, precision.autocast or precision.dtype)
+    moved = rungs.update_bytes(config, shape) / batch / rungs.bandwidth(device)
     count, found = len(dataset.train), {}
 
-    def show(trials: int, rung: str, seconds: list[float]) -> None:
+    def show(trials: int, rung: str, seconds: list[float], cpu: list[float] | None = None) -> None:
         rates = [trials * count / each for each in seconds]
+        own = f"{statistics.median(cpu) / options.batches * 1e3:.3g}" if cpu else ""
         rate = statistics.median(rates)
         spread = (max(rates) - min(rates)) / rate
         epoch = TRAINED[shape] * trials / rate
-        cells = f"{rate:,.0f} | {spread:.0%} | {epoch:.3g} | {rate * share:.1%}"
-        print(f"| {trials} | {rung} | {cells} |", flush=True)
-        found[f"{trials} {rung}"] = {"images_per_s": rates, "of_roof": rate * share}
+        cells = f"{rate:,.0f} | {spread:.0%} | {epoch:.3g} | {own} | {rate * share:.1%}"
+        print(f"| {trials} | {rung} | {cells} | {rate * moved:.1%} |", flush=True)
+        found[f"{trials} {rung}"] = {
+            "images_per_s": rates,
+            "of_roof": rate * share,
+            "of_memory": rate * moved,
+            "cpu_s": cpu,
+        }
 
     with contextlib.ExitStack() as stack:
         single = {
@@ -122,13 +137,16 @@ def _measured(name: str, options: argparse.Namespace, device: torch.device) -> d
             for rung, made in _single(config, dataset, device, options).items()
         }
         times: dict[str, list[float]] = {rung: [] for rung in single}
+        cpu: dict[str, list[float]] = {rung: [] for rung in single}
         for run in single.values():
             run()
         for _ in range(options.repetitions):
             for rung, run in single.items():
+                began = time.process_time()
                 times[rung].append(run())
+                cpu[rung].append(time.process_time() - began)
     for rung, seconds in times.items():
-        show(1, rung, seconds)
+        show(1, rung, seconds, cpu[rung])
     for trials in options.trials:
         for rung, make in _several(model["name"]).items():
             if rung == "processes" and trials > options.most_processes:
@@ -137,7 +155,7 @@ def _measured(name: str, options: argparse.Namespace, device: torch.device) -> d
             if seconds:
                 show(trials, rung, seconds)
             else:
-                print(f"| {trials} | {rung} | does not fit into memory | | | |")
+                print(f"| {trials} | {rung} | does not fit into memory | | | | | |")
     return found
 
 
@@ -153,7 +171,7 @@ def _single(
         graph = rungs.changed(config, graph="on")
         ways["+ CUDA graph"] = rungs.alone(graph, dataset, device)
         ways["+ compile"] = rungs.alone(rungs.changed(graph, compile="on"), dataset, device)
-    elif not options.quick:
+    elif options.compile or not options.quick:
         compiled = rungs.changed(eager, compile="on")
         ways["+ compile"] = rungs.alone(compiled, dataset, device)
     return ways
@@ -190,7 +208,8 @@ def _machine(device: torch.device) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Images a second, rung by rung.")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
-    parser.add_argument("--trials", nargs="+", type=int, default=None, help="trials at once")
+    parser.add_argument("--trials", nargs="*", type=int, default=None, help="trials at once")
+    parser.add_argument("--compile", action="store_true", help="with --quick, compile as well")
     parser.add_argument("--batches", type=int, default=None, help="batches a call")
     parser.add_argument("--repetitions", type=int, default=None)
     parser.add_argument("--loaders", type=int, default=2, help="processes of the DataLoader")
@@ -201,7 +220,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or list(QUICK if quick else MODELS)
-    options.trials = options.trials or ([1, 4] if quick else [1, 4, 16, 64])
+    if options.trials is None:
+        options.trials = [1, 4] if quick else [1, 4, 16, 64]
     options.batches = options.batches or (3 if quick else 100)
     options.repetitions = options.repetitions or (3 if quick else 5)
     options.most_processes = options.most_processes or (2 if quick else 16)

@@ -113,6 +113,8 @@ def textbook(
 def alone(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterator[Rung]:
     """One trial as sweeper trains it: ``train.graph`` and ``train.compile`` say how."""
     engine = Engine(config, dataset=dataset, device=device)
+    if config.train.compile != "off":
+        print(f"(train.compile: {config.train.compile}: {engine.compiled})", flush=True)
     yield lambda: engine.train(epoch=1, lr=1e-3, before_batch=_nothing).seconds
     engine.drop_graph()
 
@@ -211,6 +213,25 @@ def roof(device: torch.device, dtype: torch.dtype) -> float:
         a @ a
         synchronize(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
+    return best
+
+
+def update_bytes(config: TrialConfig, shape: DataShape) -> float:
+    """What AdamW reads and writes a step: weights, gradients and two means, float32."""
+    model = build(config.model, shape, seed=0)
+    return 2 * 4 * 4.0 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy on the device, those read and those written."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
     return best
 
 
