@@ -14,7 +14,6 @@ that ended, and workers that are tied to it (``--tied``) with it.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import select
@@ -50,8 +49,6 @@ def fork_as_asked(prepare: Callable[[], object]) -> None:
     with socket.socket(fileno=int(number)) as launcher:
         launcher.set_inheritable(False)
         prepare()
-        gc.collect()
-        gc.freeze()  # the collector would write into pages that are shared as long as nobody does
         _serve(launcher)
 
 

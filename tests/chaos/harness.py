@@ -2,7 +2,7 @@
 
 ``scripts/chaos`` runs it by hand, ``test_chaos.py`` a short form. Killed with SIGKILL are workers,
 the template that forks them, ``sweeper launch``, the MLflow server with all its processes, and
-PostgreSQL: one of those that run, each as likely as any other.
+PostgreSQL, each as likely as any other.
 """
 
 from __future__ import annotations
@@ -173,8 +173,9 @@ class Chaos:
                 victims.append(("mlflow", partial(os.killpg, known["pid"], signal.SIGKILL)))
         if self._postgres is not None:
             victims.append(("postgres", self._restart_postgres))
-        if victims:
-            kind, kill = self._random.choice(victims)
+        drawn = self._random.randrange(max(len(victims), self._plan.workers + 3))
+        if drawn < len(victims):  # or it is one that does not run at this moment
+            kind, kill = victims[drawn]
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 kill()
                 self.account.killed[kind] += 1
