@@ -1,4 +1,7 @@
-"""MLflow's own database on the store's PostgreSQL server (design decision 3).
+"""MLflow's own database: a file, or one on the store's PostgreSQL server (design decision 3).
+
+The file is there as a whole or not at all. What MLflow creates in 2 s, SQLite commits table by
+table; a server that is killed meanwhile would leave a schema that every later one refuses.
 
 The embedded MLflow server of a PostgreSQL store keeps its runs in the database ``<name>_mlflow``
 beside the store's ``<name>``. It is created by whoever comes first, and MLflow's tables by one
@@ -8,18 +11,38 @@ process at a time: of eight that create them at once, seven fail.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections.abc import Iterator
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import sqlalchemy
+from filelock import FileLock
 from sqlalchemy import exc
 from sqlalchemy.engine import make_url
 
 from sweeper.errors import MissingExtraError, TrackerUnreachableError
-from sweeper.settings import masked
+from sweeper.settings import masked, sqlite_url
 
 _LOCK_KEY: Final = 0x6D6C666C  # "mlfl"
 _EXISTS: Final = sqlalchemy.text("SELECT 1 FROM pg_database WHERE datname = :name")
+
+
+def create_file(database: Path, artifacts: str) -> None:
+    """MLflow's SQLite ``database`` is there, for runs with their files at the URI ``artifacts``."""
+    with FileLock(f"{database}.lock"):
+        if database.exists() and database.stat().st_size:
+            return
+        for left_over in database.parent.glob(f"{database.name}.new*"):
+            left_over.unlink()
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        new = database.with_name(f"{database.name}.new")
+        store: Any = SqlAlchemyStore  # which is not typed
+        store(sqlite_url(new), artifacts).engine.dispose()
+        with contextlib.closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+        new.replace(database)
 
 
 def is_there(store_url: str, tracking_uri: str) -> bool:

@@ -15,7 +15,6 @@ import contextlib
 import os
 import signal
 import socket
-import sqlite3
 import threading
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any, Final
 
 from sweeper.private import private_folder
 from sweeper.settings import Settings
-from sweeper.tracking.database import created
+from sweeper.tracking.database import create_file, created
 
 _WATCH_S: Final = 0.5
 _GRACE_S: Final = 5.0
@@ -68,8 +67,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     if settings.on_postgres:
         turn: contextlib.AbstractContextManager[None] = created(settings.store_url, address)
     else:
-        with contextlib.closing(sqlite3.connect(settings.home / "mlflow.db")) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+        create_file(settings.home / "mlflow.db", root)
         turn = contextlib.nullcontext()
 
     from mlflow.server.constants import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR
