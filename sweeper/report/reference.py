@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import (
     Configuration,
+    Point,
     Spread,
     identity,
     resolved,
@@ -191,15 +192,15 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note=f"{_MARKED} Measured after {_length(spec)}.",
+        note=f"{_MARKED} Measured after {_length(spec, points)}.",
         open_rows=40,
     )
 
 
-def _length(spec: StudySpec) -> str:
+def _length(spec: StudySpec, points: Sequence[Point]) -> str:
     """How long was trained: a table of a shortened study must say so itself."""
-    epochs = spec.parameters.get("train.epochs")
-    length = "the epochs of each row" if epochs else plural(spec.train.epochs, "epoch")
+    epochs = {setting(spec, config, params, "train.epochs") for config, params in points}
+    length = plural(epochs.pop(), "epoch") if len(epochs) == 1 else "the epochs of each row"
     return length + (f" of at most {spec.data.limit:,} training images" if spec.data.limit else "")
 
 

@@ -94,6 +94,19 @@ def test_columns_are_what_the_rows_differ_in_and_each_metric_three_times() -> No
     ]
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(12, "12 epochs"), (20, "the epochs of each row")])
+def test_the_table_says_after_how_many_epochs_its_rows_were_measured(
+    epochs: int, said: str
+) -> None:
+    data = made(
+        reference=reference(
+            {"params": {"train.epochs": 12}, "reported": {"test_accuracy": 0.8}},
+            {"params": {"train.epochs": epochs}, "reported": {"test_accuracy": 0.8}},
+        )
+    )
+    assert reference_table(data, published(data)).note.endswith(f"Measured after {said}.")
+
+
 def test_a_large_gap_is_marked_and_says_which_way() -> None:
     data = made(
         row(
