@@ -26,7 +26,7 @@ def test_a_later_launcher_finds_the_copies_and_forgets_those_that_ended(
     ray_place: Place, tmp_path: Path
 ) -> None:
     first = ray_place.open("again")
-    first.start(job(tmp_path), 1)
+    first.start(job(ray_place, tmp_path), 1)
     (name,) = all_here(tmp_path, 1, ray_place)
     second = ray_place.open("again")
     assert [copy.name for copy in alive(second)] == [name]
@@ -41,7 +41,7 @@ def test_a_later_launcher_finds_the_copies_and_forgets_those_that_ended(
 
 def test_a_killed_keeper_comes_back_and_its_child_ends(ray_place: Place, tmp_path: Path) -> None:
     launcher = ray_place.open("keeper")
-    launcher.start(job(tmp_path), 1)
+    launcher.start(job(ray_place, tmp_path), 1)
     ((first, copy),) = all_here(tmp_path, 1, ray_place).items()
     keeper = psutil.Process(copy["pid"]).parent()
     assert keeper is not None
@@ -55,7 +55,7 @@ def test_a_killed_keeper_comes_back_and_its_child_ends(ray_place: Place, tmp_pat
 
 def test_copies_without_room_wait_and_are_not_dead(ray_place: Place, tmp_path: Path) -> None:
     launcher = ray_place.open("room")
-    waiting = launcher.start(job(tmp_path, gpus=3.0), 2)
+    waiting = launcher.start(job(ray_place, tmp_path, gpus=3.0), 2)
     assert [copy.device for copy in waiting] == ["waiting", "waiting"]
     assert len(alive(launcher)) == 2
     launcher.stop()

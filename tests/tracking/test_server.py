@@ -228,7 +228,7 @@ def test_a_server_that_was_killed_while_it_created_its_database_leaves_nothing_i
     """MLflow creates 65 tables in 2 s, and refuses a database that has only some of them."""
     new = settings.home / "mlflow.db.new"
 
-    first = LocalServer(settings)
+    first, others = LocalServer(settings), set(psutil.Process().children())
 
     def start() -> None:
         with contextlib.suppress(TrackerUnreachableError):
@@ -236,16 +236,18 @@ def test_a_server_that_was_killed_while_it_created_its_database_leaves_nothing_i
 
     starting = threading.Thread(target=start)
     starting.start()
-    until = time.monotonic() + 60
-    while not (new.exists() and new.stat().st_size > 50_000):
-        assert time.monotonic() < until, "no database was begun"
-        time.sleep(0.002)
-    children = psutil.Process().children()
-    (serving,) = (each for each in children if "sweeper.tracking.serve" in each.cmdline())
-    serving.kill()
-    assert not (settings.home / "mlflow.db").exists()
-    starting.join()
-    first.stop()
+    try:
+        until = time.monotonic() + 60
+        while not (serving := set(psutil.Process().children()) - others):
+            assert time.monotonic() < until, "no server was started"
+        while not (new.exists() and new.stat().st_size > 50_000):
+            assert time.monotonic() < until, "no database was begun"
+            time.sleep(0.002)
+        serving.pop().kill()
+        assert not (settings.home / "mlflow.db").exists()
+    finally:
+        starting.join()
+        first.stop()
     with LocalServer(settings) as second:
         assert get(f"{second.ensure()}/health") == b"OK"
     assert not list(settings.home.glob("mlflow.db.new*"))
