@@ -141,13 +141,17 @@ def ui(
 
 def sync(store: StoreOption = None, home: HomeOption = None) -> None:
     """Send to MLflow what could not reach it."""
+    from sweeper.service.agreement import settle_all
     from sweeper.tracking import TrackingService
 
-    with TrackingService(Settings.resolve(home=home, store=store)) as service:
+    settings = Settings.resolve(home=home, store=store)
+    with TrackingService(settings) as service:
         sent = service.replay()
+        ended = 0 if sent.problem else settle_all(settings)
     sys.stdout.write(
         f"{sent.delivered} records sent, {sent.rejected} refused by MLflow, {sent.left} left"
         + (f", {sent.live} workers are still writing" if sent.live else "")
+        + (f", {ended} runs ended for workers that could not" if ended else "")
         + "\n"
     )
     if sent.problem:

@@ -14,7 +14,8 @@ from typing import Final
 
 from sweeper.measurement import EPOCH_METRICS
 from sweeper.settings import OUTCOME_TAG, STATE_TAG, Settings, run_key
-from sweeper.store import Outcome, Standing, TrialRow
+from sweeper.store import Outcome, Standing, TrialRow, open_store, standing, studies
+from sweeper.store.glance import is_over
 from sweeper.tracking.audit import AuditedRun, audited, end_run
 from sweeper.tracking.protocol import text
 from sweeper.worker import flattened
@@ -65,7 +66,11 @@ def lagging(now: Standing, settings: Settings) -> int:
 
 
 def settle(now: Standing, settings: Settings) -> int:
-    """End the runs of trials whose workers cannot say any more how they ended; how many."""
+    """End the runs of trials whose workers cannot say any more how they ended; how many.
+
+    A worker that was killed between the store and its spool had told the store alone, final
+    metrics included.
+    """
     rows = {run_key(now.spec.name, row.origin): row for row in now.rows if row.state != "retried"}
     ended = 0
     for run in audited(settings, now.spec.name):
@@ -74,9 +79,26 @@ def settle(now: Standing, settings: Settings) -> int:
             continue
         outcome = row.outcome or str(Outcome.PREEMPTED)
         tags = {STATE_TAG: row.state, OUTCOME_TAG: outcome}
-        end_run(settings, run, _STATUS[row.state], tags)
+        final = {
+            name: value
+            for name, value in row.metrics.items()
+            if name not in EPOCH_METRICS and name not in run.metrics
+        }
+        last = max(row.history, default=0)
+        end_run(settings, run, _STATUS[row.state], tags, final, last)
         ended += 1
     return ended
+
+
+def settle_all(settings: Settings) -> int:
+    """:func:`settle` all studies of the store that are over. Raises StoreUnreachableError."""
+    store = open_store(settings.store_url)
+    try:
+        found = (studies.load(store, name) for name in studies.names(store))
+        over = [study for study in found if is_over(store, study)]
+        return sum(settle(standing(store, study), settings) for study in over)
+    finally:
+        store.close()
 
 
 def _of_trial(row: TrialRow, run: AuditedRun) -> Iterator[str]:

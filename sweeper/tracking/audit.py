@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sweeper.settings import ROLE_TAG, ROLE_TRIAL, RUN_KEY_TAG, Settings
-from sweeper.tracking.batch import Batch, fitting_name
+from sweeper.tracking.batch import Batch, Point, fitting_name
 from sweeper.tracking.history import _points
 from sweeper.tracking.mlflow import connect, list_runs, log_batch, set_status
 from sweeper.tracking.service import readable_uri
@@ -59,10 +59,21 @@ def audited(settings: Settings, study: str, metrics: Sequence[str] = ()) -> list
     ]
 
 
-def end_run(settings: Settings, run: AuditedRun, status: str, tags: Mapping[str, str]) -> None:
-    """End a run that nobody works on any more. Raises as :func:`audited`."""
+def end_run(
+    settings: Settings,
+    run: AuditedRun,
+    status: str,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+    step: int,
+) -> None:
+    """End a run that nobody works on any more, with ``metrics``. Raises as :func:`audited`."""
     uri = readable_uri(settings)
     if uri is not None:
-        client = connect(uri)
-        log_batch(client, run.run_id, Batch(tags=dict(tags)))
-        set_status(client, run.run_id, status, end_time_ms=round(time.time() * 1000))
+        client, now_ms = connect(uri), round(time.time() * 1000)
+        points = [
+            Point(name=name, value=value, time_ms=now_ms, step=step)
+            for name, value in metrics.items()
+        ]
+        log_batch(client, run.run_id, Batch(metrics=points, tags=dict(tags)))
+        set_status(client, run.run_id, status, end_time_ms=now_ms)

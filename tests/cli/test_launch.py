@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,28 @@ def test_status_and_best(launched: Launched) -> None:
     assert "small" in sweeper.run("status")
     assert " lr " in sweeper.run("trials", "small")
     assert "test_accuracy" in sweeper.run("best", "small")
+
+
+def test_sync_ends_the_run_of_a_worker_that_was_killed_once_it_had_told_the_store(
+    launched: Launched,
+) -> None:
+    """Its last words to MLflow never came to be; what they would have said is in the store."""
+    sweeper, _ = launched
+    run_id = sweeper.json("trials", "small")[2]["run_id"]
+    with contextlib.closing(sqlite3.connect(sweeper.folder / ".sweeper/mlflow.db")) as mlflow:
+        for table in ("metrics", "latest_metrics"):
+            mlflow.execute(
+                f"DELETE FROM {table} WHERE run_uuid = ? AND key LIKE 'test%'", (run_id,)
+            )
+        mlflow.execute("DELETE FROM tags WHERE run_uuid = ? AND key = 'sweeper.outcome'", (run_id,))
+        mlflow.execute("UPDATE runs SET status = 'RUNNING' WHERE run_uuid = ?", (run_id,))
+        mlflow.commit()
+    process = sweeper.start("doctor", "--study", "small")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "trial 2: its run lacks the metric test_accuracy" in said
+    assert ", 1 runs ended for workers that could not" in sweeper.run("sync")
+    assert "agree on all 3 trials" in sweeper.run("doctor", "--study", "small")
 
 
 def test_store_and_mlflow_agree_until_somebody_meddles(launched: Launched) -> None:
