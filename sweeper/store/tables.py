@@ -89,7 +89,7 @@ def _details(
     pairs: Sequence[tuple[int, FrozenTrial]],
 ) -> dict[sqlalchemy.Table, list[dict[str, Any]]]:
     """The rows of the other tables for trials with their ids."""
-    value, epoch = models.TrialValueModel, models.TrialIntermediateValueModel
+    value = models.TrialValueModel
     rows: dict[sqlalchemy.Table, list[dict[str, Any]]] = defaultdict(list)
     for trial_id, trial in pairs:
         for name, known in trial.params.items():
@@ -117,16 +117,7 @@ def _details(
                     "value_type": kind,
                 }
             )
-        for step, reached in trial.intermediate_values.items():
-            stored, special = epoch.intermediate_value_to_stored_repr(reached)
-            rows[EPOCHS].append(
-                {
-                    "trial_id": trial_id,
-                    "step": step,
-                    "intermediate_value": stored,
-                    "intermediate_value_type": special,
-                }
-            )
+        rows[EPOCHS] += _epoch_rows(trial_id, trial.intermediate_values)
     return rows
 
 
@@ -221,9 +212,7 @@ def write_facts(connection: sqlalchemy.Connection, trial_id: int, facts: Mapping
 
     Raises UpdateFinishedTrialError, as Optuna does, where the trial has ended.
     """
-    state = sqlalchemy.select(TRIALS.c.state).where(TRIALS.c.trial_id == trial_id)
-    if connection.execute(state.with_for_update()).scalar_one().is_finished():
-        raise UpdateFinishedTrialError(f"trial {trial_id} has ended and must not be changed")
+    _hold(connection, trial_id)
     put_facts(connection, trial_id, facts)
 
 
@@ -233,14 +222,66 @@ def put_facts(connection: sqlalchemy.Connection, trial_id: int, facts: Mapping[s
         {"trial_id": trial_id, "key": key, "value_json": json.dumps(fact)}
         for key, fact in facts.items()
     ]
+    _upsert(connection, FACTS, rows, by=("trial_id", "key"))
+
+
+def write_epochs(
+    connection: sqlalchemy.Connection, trial_id: int, series: Mapping[int, float]
+) -> None:
+    """Set a trial's intermediate values (epoch → value), new ones or in place of what was there.
+
+    Raises UpdateFinishedTrialError, as Optuna does, where the trial has ended.
+    """
+    _hold(connection, trial_id)
+    _upsert(connection, EPOCHS, list(_epoch_rows(trial_id, series)), by=("trial_id", "step"))
+
+
+def _epoch_rows(trial_id: int, series: Mapping[int, float]) -> Iterator[dict[str, Any]]:
+    for step, reached in series.items():
+        stored, special = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(
+            reached
+        )
+        yield {
+            "trial_id": trial_id,
+            "step": step,
+            "intermediate_value": stored,
+            "intermediate_value_type": special,
+        }
+
+
+def _hold(connection: sqlalchemy.Connection, trial_id: int) -> None:
+    """Lock a trial's row for this transaction, unless the trial has ended.
+
+    Raises KeyError where there is no such trial, any more or at all.
+    """
+    query = sqlalchemy.select(TRIALS.c.state).where(TRIALS.c.trial_id == trial_id)
+    state = connection.execute(query.with_for_update()).scalar_one_or_none()
+    if state is None:
+        raise KeyError(f"no trial has the id {trial_id}")
+    if state.is_finished():
+        raise UpdateFinishedTrialError(f"trial {trial_id} has ended and must not be changed")
+
+
+def _upsert(
+    connection: sqlalchemy.Connection,
+    table: sqlalchemy.Table,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    by: Sequence[str],
+) -> None:
+    """Insert rows, or let them replace those with the same values of the columns ``by``.
+
+    The rows are parameters of one statement, which SQLAlchemy compiles once a process.
+    """
     if not rows:
         return
-    statement = upserting(connection)(FACTS).values(rows)
+    statement = upserting(connection)(table)
     connection.execute(
         statement.on_conflict_do_update(
-            index_elements=[FACTS.c.trial_id, FACTS.c.key],
-            set_={"value_json": statement.excluded.value_json},
-        )
+            index_elements=[table.c[name] for name in by],
+            set_={name: statement.excluded[name] for name in rows[0] if name not in by},
+        ),
+        rows,
     )
 
 

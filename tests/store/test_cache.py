@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,3 +93,26 @@ def test_a_random_sampler_reads_no_trial_but_its_own(
     assert claimed is not None
     queue.values_of(study.spec, study.study, claimed)
     assert {number for read in reads for number in read} == {0}
+
+
+def test_a_report_is_what_optuna_itself_would_have_stored(store: Store, started: Start) -> None:
+    study = started(search={"trials": 2})
+    ours, theirs = (queue.claim(store, study.id, "a") for _ in range(2))
+    assert ours is not None
+    assert theirs is not None
+    said = [(1, 0.25), (2, math.inf), (3, -math.inf), (4, math.nan), (1, 0.5)]
+    for epoch, value in said:
+        queue.report(store, ours, epoch, value)
+        store.backend.set_trial_intermediate_value(theirs.trial_id, epoch, value)
+    found, wanted = (store.backend.get_trial(claimed.trial_id) for claimed in (ours, theirs))
+    assert found.intermediate_values == pytest.approx(wanted.intermediate_values, nan_ok=True)
+    assert found.intermediate_values[1] == 0.5
+
+
+def test_a_report_of_a_trial_that_is_gone_is_refused(store: Store, started: Start) -> None:
+    study = started(search={"trials": 1})
+    claimed = queue.claim(store, study.id, "a")
+    assert claimed is not None
+    store.storage.delete_study(study.id)
+    with pytest.raises(KeyError, match="no trial has the id"):
+        queue.report(store, claimed, 1, 0.5)
