@@ -20,7 +20,7 @@ from servers.postgres import Postgres
 from sweeper.controller import Outage
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
 from sweeper.settings import Settings
-from sweeper.store import Standing, open_store, standing, studies, tickets
+from sweeper.store import Standing, open_store, queue, standing, studies, tickets
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import MemoryTracker
 from sweeper.worker import Worker, reports
@@ -77,12 +77,14 @@ class Slow(MemoryTracker):
 
 
 @pytest.mark.postgres
-@pytest.mark.parametrize("trouble", ["killed", "hanging"])
+@pytest.mark.parametrize(
+    ("trouble", "pruner"), [("killed", "none"), ("killed", "median"), ("hanging", "median")]
+)
 def test_training_goes_on_while_the_server_is_away(
-    postgres: Postgres, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, tmp_path: Path, trouble: str, pruner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports, "_WAIT_S", 1.0)
-    enqueue(postgres.url)
+    enqueue(postgres.url, search={**STUDY["search"], "pruner": {"name": pruner}})
     tracker = Slow()
     worker = Worker(
         store=open_store(postgres.url),
@@ -109,6 +111,26 @@ def test_training_goes_on_while_the_server_is_away(
 
 
 METRIC = "val_accuracy"
+
+
+def test_training_waits_for_no_report_where_nothing_is_decided(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/optuna.db"
+    enqueue(url)
+    store = open_store(url)
+    study = studies.load(store, "away")
+    claimed = queue.claim(store, study.id, "me")
+    assert claimed is not None
+    said = reports.Reports(store, study, claimed)
+    with contextlib.closing(sqlite3.connect(tmp_path / "optuna.db")) as other:
+        other.execute("BEGIN IMMEDIATE")  # nobody else can write now
+        for epoch in range(1, 4):
+            assert not said.tell(epoch, epoch / 10)
+        assert not said.settle(0.5)
+        other.rollback()
+    assert said.settle(60)
+    said.close()
+    assert dict(now(url).rows[0].history) == {1: 0.1, 2: 0.2, 3: 0.3}
+    store.close()
 
 
 def test_a_worker_that_was_given_up_finds_out_and_writes_nothing(tmp_path: Path) -> None:

@@ -237,6 +237,11 @@ def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) ->
             store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, series[epoch])
 
 
+def prunes(study: optuna.Study) -> bool:
+    """Whether the study has a pruner that may end a trial."""
+    return not isinstance(study.pruner, optuna.pruners.NopPruner)
+
+
 def should_prune(
     store: Store, study: optuna.Study, claimed: Claim, epoch: int, told: Mapping[int, float]
 ) -> bool:
@@ -246,7 +251,7 @@ def should_prune(
     values (epoch → value) that may be newer than that. What an earlier attempt reported of later
     epochs does not count.
     """
-    if isinstance(study.pruner, optuna.pruners.NopPruner) or len(study.directions) > 1:
+    if not prunes(study) or len(study.directions) > 1:  # Optuna prunes by one objective only
         return False
     with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
         if isinstance(study.pruner, _KEEP_RUNGS):

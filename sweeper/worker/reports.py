@@ -1,8 +1,9 @@
 """Every epoch's value on its way to the store, so that training need not wait for it.
 
-While the store answers, training waits the few milliseconds until a report is stored and the
-pruner has decided: a trial is pruned at the epoch where it should be. When the store is away,
-training goes on, the thread tries again, and a decision to prune comes when it comes.
+Where a pruner decides, training waits the few milliseconds until a report is stored and the answer
+is there: a trial is pruned at the epoch where it should be. When the store is away, training goes
+on, the thread tries again, and a decision to prune comes when it comes. Where nothing is to be
+decided, training does not wait at all.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Reports:
         self._claimed = claimed
         self._changed = threading.Condition()
         self._due: deque[tuple[int, float, bool]] = deque()
+        self._prunes = queue.prunes(study.study)
         self._told: dict[int, float] = {}
         self._away = self._closed = self._prune = False
         self._error: Exception | None = None
@@ -42,12 +44,14 @@ class Reports:
         the trial to another worker, as soon as that is known.
         """
         with self._changed:
+            decide = decide and self._prunes
             self._due.append((epoch, value, decide))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            if not self._away and not self._changed.wait_for(self._settled, _WAIT_S):
+            waits = decide and not self._away
+            if waits and not self._changed.wait_for(self._settled, _WAIT_S):
                 self._away = True
                 _log.warning("the store does not answer; training goes on")
             self._raise()
