@@ -47,6 +47,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    held,
     open_store,
     overview,
     queue,
@@ -194,13 +195,13 @@ def client(address: str, name: str, told: dict[str, list[Any]]) -> None:
         if claimed is None:
             break
         told["claim_s"].append(time.perf_counter() - began)
-        queue.values_of(study.spec, study.study, claimed)
+        held.values_of(study.spec, study.study, claimed)
         workers.tell(store, me)
         for epoch in range(1, EPOCHS + 1):
             time.sleep(TRIAL_S / EPOCHS)
-            queue.report(store, claimed, epoch, epoch / EPOCHS)
-            queue.beat(store, claimed)
-        queue.finish(store, study.study, claimed, outcome=Outcome.COMPLETED, values=[1.0], facts={})
+            held.report(store, claimed, epoch, epoch / EPOCHS)
+            held.beat(store, claimed)
+        held.finish(store, study.study, claimed, outcome=Outcome.COMPLETED, values=[1.0], facts={})
         told["numbers"].append(claimed.number)
     workers.leave(store, name)
     store.close()

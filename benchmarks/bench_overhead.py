@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from sweeper.provenance import cpu_name, versions
 from sweeper.settings import Settings
-from sweeper.store import Store, open_store, queue, studies, tickets
+from sweeper.store import Store, held, open_store, queue, studies, tickets
 from sweeper.study.spec import StudySpec
 from sweeper.tracking import LocalServer, SpoolTracker
 from sweeper.training import prepare
@@ -107,8 +107,8 @@ def through_worker(
         tickets.fill(store, study.id, spec, tickets.tickets(spec, with_reference=False))
     spent: dict[str, float] = defaultdict(float)
     calls: list[tuple[Any, str]] = [
-        *((queue, name) for name in ("claim", "values_of", "report", "should_prune", "note")),
-        (queue, "finish"),
+        (queue, "claim"),
+        *((held, name) for name in ("values_of", "report", "should_prune", "note", "finish")),
         *((SpoolTracker, name) for name in ("start", "log", "note", "artifact", "end")),
     ]
     worker = Worker(store=store, tracker=tracker, settings=settings, study=spec.name)

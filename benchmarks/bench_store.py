@@ -43,6 +43,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    held,
     open_store,
     queue,
     sampling,
@@ -169,18 +170,18 @@ def work(
             break
         first = "first ask" if not spent["first ask"] else "ask"
         with timed(spent, first):
-            queue.values_of(study.spec, study.study, claimed)
+            held.values_of(study.spec, study.study, claimed)
         told: dict[int, float] = {}
         for epoch in range(1, epochs + 1):
             value = told[epoch] = random.random()
             with timed(spent, "report"):
-                queue.report(store, claimed, epoch, value)
+                held.report(store, claimed, epoch, value)
             if epoch > 1:
                 with timed(spent, "prune?"):
-                    queue.should_prune(store, study.study, claimed, epoch, told)
+                    held.should_prune(store, study.study, claimed, epoch, told)
         with timed(spent, "tell"):
             facts = {attr.METRICS: {"val_accuracy": 0.5}, attr.SECONDS: 1.0}
-            queue.finish(
+            held.finish(
                 store,
                 study.study,
                 claimed,

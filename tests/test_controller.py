@@ -21,7 +21,7 @@ from sweeper.errors import (
 )
 from sweeper.launchers import Job, Process
 from sweeper.settings import Settings
-from sweeper.store import Outcome, Store, StoredStudy, open_store, queue, standing
+from sweeper.store import Outcome, Store, StoredStudy, held, open_store, queue, standing
 from sweeper.store import attributes as attr
 from sweeper.study.spec import StudySpec
 
@@ -119,7 +119,7 @@ def end_trial(study: StoredStudy, store: Store, outcome: Outcome, error: str = "
     assert claimed is not None
     values = (0.5,) if outcome is Outcome.COMPLETED else ()
     facts = {attr.ERROR: error} if error else {}
-    queue.finish(store, study.study, claimed, outcome=outcome, values=values, facts=facts)
+    held.finish(store, study.study, claimed, outcome=outcome, values=values, facts=facts)
     return claimed.number
 
 

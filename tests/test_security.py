@@ -31,6 +31,7 @@ from sweeper.store import (
     Store,
     StoredStudy,
     glance,
+    held,
     open_store,
     queue,
     standing,
@@ -377,8 +378,8 @@ def test_hostile_texts_of_a_store_are_shown_by_every_command(
         claimed = queue.claim(store, study.id, HOSTILE)
         assert claimed is not None
         facts = {attr.ERROR: HOSTILE, attr.SET: {f"model.{HOSTILE}": HOSTILE}, attr.FIXED: True}
-        queue.note(store, claimed, facts)
-        queue.finish(store, study.study, claimed, outcome=outcome, values=values)
+        held.note(store, claimed, facts)
+        held.finish(store, study.study, claimed, outcome=outcome, values=values)
     queue.claim(store, study.id, HOSTILE)
     home = ["--home", str(settings.home)]
     for command in ("status", "trials small", "best small", "trials small --json"):

@@ -19,7 +19,7 @@ from sweeper.config.model import Custom
 from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
 from sweeper.measurement import EPOCH_METRICS, Measurement, summary
 from sweeper.provenance import environment_tags
-from sweeper.store import Control, Outcome, StoredStudy, queue, recovery
+from sweeper.store import Control, Outcome, StoredStudy, held, queue, recovery
 from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value
 from sweeper.store.view import best_of, better
@@ -92,7 +92,7 @@ class Attempt:
         if self.config is None:
             spec = self.study.spec
             values = self._patiently(
-                lambda: queue.values_of(spec, self.study.study, self.claimed), "read the trial"
+                lambda: held.values_of(spec, self.study.study, self.claimed), "read the trial"
             )
             self.config = spec.trial_config(values)
         model = self.config.model
@@ -183,7 +183,7 @@ class Attempt:
         series = {e.measurement.epoch: e.measurement.metrics[metric] for e in self.epochs}
         if not self._several:
             self._patiently(
-                lambda: queue.report_missing(self.worker.store, self.claimed, series),
+                lambda: held.report_missing(self.worker.store, self.claimed, series),
                 "report earlier epochs",
             )
         for epoch in self.epochs:
@@ -292,7 +292,7 @@ class Attempt:
             training.notes["cohort"] = f"none: {self.alone_because}"
         facts = {attr.PARAMETERS: training.parameters}
         self._patiently(
-            lambda: queue.note(self.worker.store, self.claimed, facts), "describe the trial"
+            lambda: held.note(self.worker.store, self.claimed, facts), "describe the trial"
         )
         self.worker.tracker.note(
             self.key,
@@ -315,7 +315,7 @@ class Attempt:
         metrics = {**summary(finite), **final}
         self._settle()
         self._patiently(
-            lambda: queue.finish(
+            lambda: held.finish(
                 self.worker.store,
                 self.study.study,
                 self.claimed,
@@ -392,11 +392,11 @@ class Attempt:
                 self.checkpoints.wait(self.study.spec.faults.grace_s)
             if alone:
                 self._patiently(
-                    lambda: queue.note(self.worker.store, self.claimed, {attr.ALONE: True}),
+                    lambda: held.note(self.worker.store, self.claimed, {attr.ALONE: True}),
                     "put the trial back",
                 )
             self._patiently(
-                lambda: queue.put_back(self.worker.store, self.claimed), "put the trial back"
+                lambda: held.put_back(self.worker.store, self.claimed), "put the trial back"
             )
             if self.tracked:
                 self._end_run("KILLED", Outcome.PREEMPTED)
@@ -411,7 +411,7 @@ class Attempt:
         facts = {attr.ERROR: error, attr.SECONDS: self._seconds}
         with contextlib.suppress(TrialLostError):
             self._patiently(
-                lambda: queue.finish(
+                lambda: held.finish(
                     self.worker.store,
                     self.study.study,
                     self.claimed,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from sweeper.errors import StoreUnreachableError
-from sweeper.store import Control, Store, StoredStudy, queue, studies, workers
+from sweeper.store import Control, Store, StoredStudy, held, queue, studies, workers
 from sweeper.store.workers import Presence
 from sweeper.worker.signals import Signals
 
@@ -92,7 +92,7 @@ class Heart(threading.Thread):
                 continue
             try:
                 for claimed in claims:
-                    queue.beat(self._store, claimed)
+                    held.beat(self._store, claimed)
                 if claims and study_id is not None:
                     self.asked = studies.control(self._store, study_id)
                 self._tell()

@@ -33,7 +33,7 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.settings import Settings
-from sweeper.store import Control, Outcome, Store, StoredStudy, queue
+from sweeper.store import Control, Outcome, Store, StoredStudy, held, queue
 from sweeper.store.workers import Presence
 from sweeper.tracking import Tracker
 from sweeper.worker.attempt import Attempt
@@ -239,6 +239,6 @@ def run_ids_into(store: Store) -> Callable[[str, str], None]:
     def remember(key: str, run_id: str) -> None:
         study_name, _, origin = key.rpartition("/")
         if origin.isdigit():
-            queue.remember_run(store, study_name, int(origin), run_id)
+            held.remember_run(store, study_name, int(origin), run_id)
 
     return remember

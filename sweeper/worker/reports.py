@@ -14,7 +14,7 @@ from collections import deque
 from typing import Final
 
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
-from sweeper.store import Store, StoredStudy, queue
+from sweeper.store import Store, StoredStudy, held, queue
 from sweeper.worker.patience import pause_s
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Reports:
         self._claimed = claimed
         self._changed = threading.Condition()
         self._due: deque[tuple[int, float, bool]] = deque()
-        self._prunes = queue.prunes(study.study)
+        self._prunes = held.prunes(study.study)
         self._told: dict[int, float] = {}
         self._away = self._closed = self._prune = False
         self._error: Exception | None = None
@@ -92,9 +92,9 @@ class Reports:
                 epoch, value, decide = self._due[0]
                 decide = decide and len(self._due) == 1
             try:
-                queue.report(self._store, self._claimed, epoch, value)
+                held.report(self._store, self._claimed, epoch, value)
                 self._told[epoch] = value
-                prune = decide and queue.should_prune(
+                prune = decide and held.should_prune(
                     self._store, self._study.study, self._claimed, epoch, self._told
                 )
             except StoreRefusedError as error:

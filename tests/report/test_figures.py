@@ -15,7 +15,7 @@ from sweeper.report.curves import curves, curves_block
 from sweeper.report.drawing import embedded, figure_data
 from sweeper.report.figures import optuna_figures
 from sweeper.report.timeline import timeline
-from sweeper.store import open_store, queue, standing, studies, tickets
+from sweeper.store import held, open_store, queue, standing, studies, tickets
 from sweeper.study.spec import StudySpec
 
 
@@ -32,8 +32,8 @@ def finished(tmp_path: Any, values: list[tuple[float, ...]], **sections: Any) ->
     for value in values:
         claimed = queue.claim(store, study.id, "w")
         assert claimed is not None
-        queue.values_of(spec, study.study, claimed)
-        queue.finish(store, study.study, claimed, outcome=queue.Outcome.COMPLETED, values=value)
+        held.values_of(spec, study.study, claimed)
+        held.finish(store, study.study, claimed, outcome=queue.Outcome.COMPLETED, values=value)
     now = standing(store, study)
     store.close()
     return replace(made(*now.rows, **spec.model_dump(mode="json", exclude_unset=True)), study=study)
@@ -180,6 +180,25 @@ def test_long_names_of_workers_keep_their_ends_and_stay_apart() -> None:
     assert alike is not None
     assert alike.spec["data"][0]["y"] == ["worker 1", "worker 2"]
     assert html.escape("<") in str(timeline(made(row(0, worker="<"))))
+
+
+def test_a_bar_of_the_timeline_has_its_trials_number_and_the_rest_on_hover() -> None:
+    figure = timeline(made(row(0, accuracy=0.5), row(1, accuracy=0.6)))
+    assert figure is not None
+    (bars,) = figure.spec["data"]
+    assert bars["text"] == ["0", "1"]
+    assert [said.partition(":")[0] for said in bars["customdata"]] == ["trial 0", "trial 1"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "clock"), [(2, "%H:%M:%S"), (60, "%H:%M"), (3000, "%-d %b<br>%H:%M")]
+)
+def test_the_ticks_of_the_timeline_are_as_short_as_its_length_allows(
+    minutes: int, clock: str
+) -> None:
+    figure = timeline(made(row(0), row(minutes)))
+    assert figure is not None
+    assert figure.spec["layout"]["xaxis"]["tickformat"] == clock
 
 
 def test_optunas_own_logging_is_as_loud_afterwards_as_before(home: Home) -> None:

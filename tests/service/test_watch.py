@@ -16,6 +16,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    held,
     open_store,
     queue,
     recovery,
@@ -71,7 +72,7 @@ class Bench:
     def end(self, study: StoredStudy, outcome: Outcome, error: str = "") -> None:
         claimed = queue.claim(self.store, study.id, "me")
         assert claimed is not None
-        queue.finish(
+        held.finish(
             self.store,
             study.study,
             claimed,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sweeper.store import Outcome, Store, StoredStudy, open_store, queue, tables
+from sweeper.store import Outcome, Store, StoredStudy, held, open_store, queue, tables
 
 Start = Callable[..., StoredStudy]
 
@@ -46,7 +46,7 @@ def test_a_look_reads_what_runs_and_what_has_changed(
     numbers_and_states(store, study)
     numbers_and_states(store, study)
     assert reads == [[0, 1], [0, 1]]
-    queue.finish(store, study.study, first, outcome=Outcome.COMPLETED, values=[1.0])
+    held.finish(store, study.study, first, outcome=Outcome.COMPLETED, values=[1.0])
     reads.clear()
     numbers_and_states(store, study)
     numbers_and_states(store, study)
@@ -59,11 +59,11 @@ def test_a_trial_that_was_put_back_is_seen_as_it_is(store: Store, started: Start
     assert claimed is not None
     assert numbers_and_states(store, study) == [(0, "RUNNING"), (1, "WAITING")]
     other = open_store(store.url.render_as_string(hide_password=False))
-    queue.put_back(other, claimed)
+    held.put_back(other, claimed)
     assert numbers_and_states(store, study) == [(0, "WAITING"), (1, "WAITING")]
     again = queue.claim(other, study.id, "b")
     assert again is not None
-    queue.put_back(other, again)
+    held.put_back(other, again)
     other.close()
     kept = store.storage.get_all_trials(study.id, deepcopy=False)[0]
     assert kept.user_attrs["sweeper.attempt"] == 3
@@ -76,7 +76,7 @@ def test_ends_out_of_order_and_new_trials_are_seen(store: Store, started: Start)
     claims = [queue.claim(store, study.id, "a") for _ in range(3)]
     numbers_and_states(store, study)
     assert claims[1] is not None
-    queue.finish(store, study.study, claims[1], outcome=Outcome.CRASHED)
+    held.finish(store, study.study, claims[1], outcome=Outcome.CRASHED)
     with store.exclusively():
         more = [tickets.Ticket(key="more")] * 2
         assert tickets.fill(store, study.id, study.spec, more) == 2
@@ -91,7 +91,7 @@ def test_a_random_sampler_reads_no_trial_but_its_own(
     study = started(search={"trials": 5, "sampler": "random"})
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
-    queue.values_of(study.spec, study.study, claimed)
+    held.values_of(study.spec, study.study, claimed)
     assert {number for read in reads for number in read} == {0}
 
 
@@ -102,7 +102,7 @@ def test_a_report_is_what_optuna_itself_would_have_stored(store: Store, started:
     assert theirs is not None
     said = [(1, 0.25), (2, math.inf), (3, -math.inf), (4, math.nan), (1, 0.5)]
     for epoch, value in said:
-        queue.report(store, ours, epoch, value)
+        held.report(store, ours, epoch, value)
         store.backend.set_trial_intermediate_value(theirs.trial_id, epoch, value)
     found, wanted = (store.backend.get_trial(claimed.trial_id) for claimed in (ours, theirs))
     assert found.intermediate_values == pytest.approx(wanted.intermediate_values, nan_ok=True)
@@ -115,4 +115,4 @@ def test_a_report_of_a_trial_that_is_gone_is_refused(store: Store, started: Star
     assert claimed is not None
     store.storage.delete_study(study.id)
     with pytest.raises(KeyError, match="no trial has the id"):
-        queue.report(store, claimed, 1, 0.5)
+        held.report(store, claimed, 1, 0.5)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import event, text
 
-from sweeper.store import Outcome, Store, StoredStudy, progress, queue, recovery, standing
+from sweeper.store import Outcome, Store, StoredStudy, held, progress, queue, recovery, standing
 from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value, failed_rows, is_over
 
@@ -33,8 +33,8 @@ def statements(store: Store) -> Iterator[list[str]]:
 def end(store: Store, study: StoredStudy, outcome: Outcome, value: float = 0.0) -> int:
     claimed = queue.claim(store, study.id, "w")
     assert claimed is not None
-    queue.report(store, claimed, 1, value)
-    queue.finish(
+    held.report(store, claimed, 1, value)
+    held.finish(
         store,
         study.study,
         claimed,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from sweeper.errors import TrialLostError
-from sweeper.store import Outcome, Store, StoredStudy, open_store, queue, standing, studies
+from sweeper.store import Outcome, Store, StoredStudy, held, open_store, queue, standing, studies
 from sweeper.store import attributes as attr
 
 Start = Callable[..., StoredStudy]
@@ -24,7 +24,7 @@ REFERENCE = {
 
 
 def complete(store: Store, study: StoredStudy, claimed: queue.Claim, value: float = 1.0) -> None:
-    queue.finish(
+    held.finish(
         store,
         study.study,
         claimed,
@@ -47,7 +47,7 @@ def test_published_values_outside_the_space_are_kept(store: Store, started: Star
     study = started(search={"trials": 1}, reference=REFERENCE)
     points = []
     while claimed := queue.claim(store, study.id, "a"):
-        points.append(queue.values_of(study.spec, study.study, claimed))
+        points.append(held.values_of(study.spec, study.study, claimed))
     assert points[0] == {"optimizer.lr": 0.01}
     assert points[1] == {"optimizer.lr": 5.0, "train.batch_size": 32}
     assert 1e-4 <= points[2]["optimizer.lr"] <= 0.1
@@ -57,13 +57,13 @@ def test_a_drawn_point_stays_when_the_trial_is_put_back(store: Store, started: S
     study = started(search={"trials": 1})
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
-    point = queue.values_of(study.spec, study.study, claimed)
+    point = held.values_of(study.spec, study.study, claimed)
     store.storage.set_trial_intermediate_value(claimed.trial_id, 2, 0.5)
-    queue.put_back(store, claimed)
+    held.put_back(store, claimed)
     again = queue.claim(store, study.id, "b")
     assert again is not None
     assert (again.number, again.attempt) == (0, 2)
-    assert queue.values_of(study.spec, study.study, again) == point
+    assert held.values_of(study.spec, study.study, again) == point
 
 
 def test_finishing_twice_is_finishing_once(store: Store, started: Start) -> None:
@@ -79,11 +79,11 @@ def test_what_another_worker_has_by_now_is_not_put_back(store: Store, started: S
     study = started(search={"trials": 1})
     first = queue.claim(store, study.id, "a")
     assert first is not None
-    queue.put_back(store, first)
+    held.put_back(store, first)
     second = queue.claim(store, study.id, "b")
     assert second is not None
     with pytest.raises(TrialLostError):
-        queue.put_back(store, first)
+        held.put_back(store, first)
     with pytest.raises(TrialLostError):
         complete(store, study, first)
     complete(store, study, second)
@@ -95,9 +95,9 @@ def test_the_pruner_does_not_look_ahead(store: Store, started: Start) -> None:
     assert claimed is not None
     told = {1: 0.9, 2: 0.1}
     for epoch, value in told.items():
-        queue.report(store, claimed, epoch, value)
-    assert not queue.should_prune(store, study.study, claimed, 1, told)
-    assert queue.should_prune(store, study.study, claimed, 2, told)
+        held.report(store, claimed, epoch, value)
+    assert not held.should_prune(store, study.study, claimed, 1, told)
+    assert held.should_prune(store, study.study, claimed, 2, told)
 
 
 def test_the_pruner_knows_what_was_told_a_moment_ago(store: Store, started: Start) -> None:
@@ -108,16 +108,16 @@ def test_the_pruner_knows_what_was_told_a_moment_ago(store: Store, started: Star
     assert claimed is not None
     with store.storage.recent(60):
         store.storage.get_all_trials(study.id, deepcopy=False)  # read before the report
-        queue.report(store, claimed, 1, 0.1)
-        assert not queue.should_prune(store, study.study, claimed, 1, {})
-        assert queue.should_prune(store, study.study, claimed, 1, {1: 0.1})
+        held.report(store, claimed, 1, 0.1)
+        assert not held.should_prune(store, study.study, claimed, 1, {})
+        assert held.should_prune(store, study.study, claimed, 1, {1: 0.1})
 
 
 def _work(url: str, name: str, ended: multiprocessing.Queue[int]) -> None:
     store = open_store(url)
     study = studies.load(store, name)
     while claimed := queue.claim(store, study.id, multiprocessing.current_process().name):
-        queue.values_of(study.spec, study.study, claimed)
+        held.values_of(study.spec, study.study, claimed)
         complete(store, study, claimed)
         ended.put(claimed.number)
 
@@ -143,7 +143,7 @@ def test_facts_are_stored_before_the_state(store: Store, started: Start) -> None
     study = started(search={"trials": 1})
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
-    queue.finish(
+    held.finish(
         store,
         study.study,
         claimed,
@@ -194,8 +194,8 @@ def test_what_the_sampler_is_to_decide_fits_nothing_before_it_is_drawn(
     assert queue.claim_where(store, study.id, "a", spec=study.spec, fits=lambda _: True) is None
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
-    drawn = queue.values_of(study.spec, study.study, claimed)
-    queue.put_back(store, claimed)
+    drawn = held.values_of(study.spec, study.study, claimed)
+    held.put_back(store, claimed)
     seen: list[object] = []
 
     def fits(values: object) -> bool:
@@ -215,8 +215,8 @@ def test_a_trial_that_is_to_train_alone_says_so_and_fits_no_cohort(
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
     assert not claimed.alone
-    queue.note(store, claimed, {attr.ALONE: True})
-    queue.put_back(store, claimed)
+    held.note(store, claimed, {attr.ALONE: True})
+    held.put_back(store, claimed)
     assert queue.claim_where(store, study.id, "a", spec=study.spec, fits=lambda _: True) is None
     again = queue.claim(store, study.id, "a")
     assert again is not None

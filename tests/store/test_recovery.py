@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from sweeper.errors import TrialLostError
-from sweeper.store import Outcome, Store, StoredStudy, queue, recovery, standing
+from sweeper.store import Outcome, Store, StoredStudy, held, queue, recovery, standing
 from sweeper.store import attributes as attr
 
 Start = Callable[..., StoredStudy]
@@ -29,7 +29,7 @@ def test_a_silent_worker_loses_its_trial_to_one_successor(store: Store, started:
     study = started(search={"trials": 2})
     claimed = queue.claim(store, study.id, "dead")
     assert claimed is not None
-    point = queue.values_of(study.spec, study.study, claimed)
+    point = held.values_of(study.spec, study.study, claimed)
     assert recovery.reap(store, study.id, lost_after_s=60) == []
     silence(store)
     assert recovery.reap(store, study.id, lost_after_s=60) == [0]
@@ -51,9 +51,9 @@ def test_a_worker_back_from_the_dead_cannot_write(store: Store, started: Start) 
     silence(store)
     recovery.reap(store, study.id, lost_after_s=60)
     with pytest.raises(TrialLostError):
-        queue.finish(store, study.study, claimed, outcome=Outcome.COMPLETED, values=[1.0])
+        held.finish(store, study.study, claimed, outcome=Outcome.COMPLETED, values=[1.0])
     with pytest.raises(TrialLostError):
-        queue.put_back(store, claimed)
+        held.put_back(store, claimed)
     assert standing(store, study).rows[0].outcome == "lost"
 
 
@@ -89,7 +89,7 @@ def test_a_failed_trial_is_tried_again_as_its_policy_says(
         claimed = queue.claim(store, study.id, "a")
         assert claimed is not None
         assert claimed.failures(outcome) == attempt - 1
-        queue.finish(store, study.study, claimed, outcome=outcome, facts={attr.ERROR: "why"})
+        held.finish(store, study.study, claimed, outcome=outcome, facts={attr.ERROR: "why"})
         assert standing(store, study).over is (attempt == attempts)  # before anybody reconciles
         with store.exclusively():
             recovery.reconcile(store, study.id, study.spec)
@@ -105,7 +105,7 @@ def test_preemption_does_not_use_up_the_retries_of_a_loss(store: Store, started:
     for _ in range(5):
         claimed = queue.claim(store, study.id, "a")
         assert claimed is not None
-        queue.put_back(store, claimed)
+        held.put_back(store, claimed)
     assert queue.claim(store, study.id, "a") is not None
     recovery.lose_trials_of(store, study.id, "a")
     with store.exclusively():
@@ -139,5 +139,5 @@ def test_a_beat_keeps_a_trial(store: Store, started: Start) -> None:
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
     silence(store)
-    queue.beat(store, claimed)
+    held.beat(store, claimed)
     assert recovery.reap(store, study.id, lost_after_s=60) == []

@@ -14,6 +14,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    held,
     open_store,
     overview,
     queue,
@@ -65,19 +66,19 @@ def test_a_trial_goes_through_the_proxy_from_claim_to_end(
     assert seen.spec == study.spec
     claimed = queue.claim(remote, seen.id, "far")
     assert claimed is not None
-    values = queue.values_of(seen.spec, seen.study, claimed)
+    values = held.values_of(seen.spec, seen.study, claimed)
     assert 1.0e-4 <= values["optimizer.lr"] <= 0.1
-    queue.report(remote, claimed, 1, 0.25)
-    queue.report_missing(remote, claimed, {1: 9.0, 2: 0.5})
-    assert not queue.should_prune(remote, seen.study, claimed, 2, {1: 0.25, 2: 0.5})
+    held.report(remote, claimed, 1, 0.25)
+    held.report_missing(remote, claimed, {1: 9.0, 2: 0.5})
+    assert not held.should_prune(remote, seen.study, claimed, 2, {1: 0.25, 2: 0.5})
     for _ in range(2):  # the answer to the first may have been lost on the way
-        queue.finish(remote, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+        held.finish(remote, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
     row = standing(store, study).rows[0]
     assert (row.state, row.worker, row.values) == ("complete", "far", (0.5,))
     assert (dict(row.history), dict(row.params)) == ({1: 0.25, 2: 0.5}, values)
     second = queue.claim(remote, seen.id, "far")
     assert second is not None
-    queue.put_back(remote, second)
+    held.put_back(remote, second)
     assert standing(store, study).counts["waiting"] == 1
 
 
@@ -88,7 +89,7 @@ def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
     claimed = queue.claim(remote, study.id, "far")
     assert claimed is not None
     silence(store)
-    queue.beat(remote, claimed)
+    held.beat(remote, claimed)
     assert recovery.reap(store, study.id, lost_after_s=60) == []
     silence(store)
     assert recovery.reap(store, study.id, lost_after_s=60) == [0]
@@ -96,9 +97,9 @@ def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
         assert len(recovery.reconcile(store, study.id, study.spec)) == 1
     far = studies.load(remote, "study").study
     with pytest.raises(TrialLostError):
-        queue.report(remote, claimed, 1, 0.5)
+        held.report(remote, claimed, 1, 0.5)
     with pytest.raises(TrialLostError):
-        queue.finish(remote, far, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+        held.finish(remote, far, claimed, outcome=Outcome.COMPLETED, values=[0.5])
     again = queue.claim(remote, study.id, "heir")
     assert again is not None
     assert (again.number, again.origin, again.attempt) == (1, 0, 2)
@@ -114,7 +115,7 @@ def test_many_claim_at_once_and_no_trial_is_claimed_twice(
         opened = open_store(proxy)
         seen = studies.load(opened, "study")
         while (claimed := queue.claim(opened, seen.id, name)) is not None:
-            queue.finish(opened, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
+            held.finish(opened, seen.study, claimed, outcome=Outcome.COMPLETED, values=[0.5])
             taken.append(claimed.number)
         opened.close()
 

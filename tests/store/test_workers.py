@@ -12,6 +12,7 @@ from sweeper.store import (
     Outcome,
     Store,
     StoredStudy,
+    held,
     overview,
     queue,
     recovery,
@@ -69,7 +70,7 @@ def test_the_tally_counts_as_the_standing_does(store: Store, started: Start) -> 
         assert claimed is not None
         if outcome is not None:
             values = [0.5] if outcome is Outcome.COMPLETED else []
-            queue.finish(store, study.study, claimed, outcome=outcome, values=values)
+            held.finish(store, study.study, claimed, outcome=outcome, values=values)
     recovery.lose_trials_of(store, study.id, "c")
     with store.exclusively():
         recovery.reconcile(store, study.id, study.spec)
