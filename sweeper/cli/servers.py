@@ -56,7 +56,9 @@ def worker(
     to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
     if count is not None:
-        _crew(study, count, Settings.resolve(home=home, store=store), allow_imports=allow_imports)
+        _replicas(
+            study, count, Settings.resolve(home=home, store=store), allow_imports=allow_imports
+        )
         return
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
@@ -90,9 +92,9 @@ def _import_everything() -> None:
     mlflow.load()
 
 
-def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: bool) -> None:
+def _replicas(study: str | None, count: str, settings: Settings, *, allow_imports: bool) -> None:
     """Keep several workers alive, each a process of its own, until TERM or INT."""
-    from sweeper.launchers import PYTHON, Crew, Job, LocalLauncher, automatic_workers
+    from sweeper.launchers import PYTHON, Job, LocalLauncher, Replicas, automatic_workers
 
     if count != "auto" and not (count.isdecimal() and int(count) > 0):
         raise UsageError(f"--count must be a number from 1 on, or auto, but got {count!r}")
@@ -100,7 +102,7 @@ def _crew(study: str | None, count: str, settings: Settings, *, allow_imports: b
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: received.append(number))
     with tempfile.TemporaryDirectory(prefix="sweeper-logs-") as folder:
-        Crew(
+        Replicas(
             launcher=LocalLauncher(),
             job=Job(
                 argv=[

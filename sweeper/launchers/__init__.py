@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import Final, Literal
 
 from sweeper.launchers.base import PYTHON, Group, Job, Launcher, Process
-from sweeper.launchers.crew import Crew
 from sweeper.launchers.local import LocalLauncher, automatic_workers
+from sweeper.launchers.replicas import Replicas
 
 __all__ = [
     "LAUNCHERS",
     "PYTHON",
-    "Crew",
     "Group",
     "Job",
     "Launcher",
     "LauncherName",
     "LocalLauncher",
     "Process",
+    "Replicas",
     "automatic_workers",
     "open_launcher",
 ]

@@ -1,4 +1,4 @@
-"""A crew keeps its copies alive, ends with them, and lets their words be heard."""
+"""Replicas are kept alive, end together, and let their words be heard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sweeper.cli import app
 from sweeper.errors import UsageError
-from sweeper.launchers import Crew, Job, LocalLauncher, Process
+from sweeper.launchers import Job, LocalLauncher, Process, Replicas
 
 WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
 HANGS_ON_ONCE = """
@@ -36,14 +36,16 @@ while True:
 
 
 class Running:
-    """A crew in a thread, and the signals that it is given."""
+    """Replicas in a thread, and the signals that it is given."""
 
     def __init__(self, folder: Path, program: str, count: int) -> None:
         self.launcher = LocalLauncher()
         self.signals = 0
         job = Job(argv=[sys.executable, "-c", program], logs=folder)
-        crew = Crew(launcher=self.launcher, job=job, count=count)
-        self.thread = threading.Thread(target=crew.run, args=(lambda: self.signals,), daemon=True)
+        replicas = Replicas(launcher=self.launcher, job=job, count=count)
+        self.thread = threading.Thread(
+            target=replicas.run, args=(lambda: self.signals,), daemon=True
+        )
         self.thread.start()
 
     @property
@@ -62,59 +64,59 @@ def until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 def test_a_copy_that_is_killed_is_replaced_and_a_signal_ends_all(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    crew = Running(tmp_path, WAITS, 2)
-    until(lambda: len(crew.alive) == 2)
-    victim, stays = crew.alive
+    replicas = Running(tmp_path, WAITS, 2)
+    until(lambda: len(replicas.alive) == 2)
+    victim, stays = replicas.alive
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
-    until(lambda: len(crew.launcher.processes()) == 3)
-    until(lambda: all(Path(found.log).read_bytes() for found in crew.alive))
-    assert {found.name for found in crew.alive} == {
+    until(lambda: len(replicas.launcher.processes()) == 3)
+    until(lambda: all(Path(found.log).read_bytes() for found in replicas.alive))
+    assert {found.name for found in replicas.alive} == {
         stays.name,
-        crew.launcher.processes()[2].name,
+        replicas.launcher.processes()[2].name,
     }
     time.sleep(0.5)  # two looks, so that the last lines are passed on
-    crew.signals = 1
-    crew.thread.join(20)
-    assert not crew.thread.is_alive()
-    assert not crew.alive
+    replicas.signals = 1
+    replicas.thread.join(20)
+    assert not replicas.thread.is_alive()
+    assert not replicas.alive
     heard = capfd.readouterr().err
-    for process in crew.launcher.processes()[1:]:
+    for process in replicas.launcher.processes()[1:]:
         assert f"{process.name} | here\n" in heard
 
 
 def test_a_second_signal_is_passed_on(tmp_path: Path) -> None:
-    crew = Running(tmp_path, HANGS_ON_ONCE, 1)
-    until(lambda: bool(crew.launcher.processes()))
-    (process,) = crew.launcher.processes()
+    replicas = Running(tmp_path, HANGS_ON_ONCE, 1)
+    until(lambda: bool(replicas.launcher.processes()))
+    (process,) = replicas.launcher.processes()
     until(lambda: b"here" in Path(process.log).read_bytes())
-    crew.signals = 1
+    replicas.signals = 1
     until(lambda: b"signal 1" in Path(process.log).read_bytes())
-    assert crew.thread.is_alive()
-    crew.signals = 2
-    crew.thread.join(20)
-    assert not crew.thread.is_alive()
+    assert replicas.thread.is_alive()
+    replicas.signals = 2
+    replicas.thread.join(20)
+    assert not replicas.thread.is_alive()
     assert b"signal 2" in Path(process.log).read_bytes()
 
 
 def test_copies_that_are_done_are_not_started_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    crew = Running(tmp_path, "print('no newline at the end', end='')", 3)
-    crew.thread.join(30)
-    assert not crew.thread.is_alive()
-    assert [found.exit_code for found in crew.launcher.processes()] == [0, 0, 0]
+    replicas = Running(tmp_path, "print('no newline at the end', end='')", 3)
+    replicas.thread.join(30)
+    assert not replicas.thread.is_alive()
+    assert [found.exit_code for found in replicas.launcher.processes()] == [0, 0, 0]
     assert len(re.findall(r"\| no newline at the end\n", capfd.readouterr().err)) == 3
 
 
 def test_copies_that_die_at_once_are_started_ever_more_slowly(tmp_path: Path) -> None:
     began = time.monotonic()
-    crew = Running(tmp_path, "raise SystemExit(3)", 2)
-    until(lambda: len(crew.launcher.processes()) >= 6)  # after pauses of one and two seconds
+    replicas = Running(tmp_path, "raise SystemExit(3)", 2)
+    until(lambda: len(replicas.launcher.processes()) >= 6)  # after pauses of one and two seconds
     assert time.monotonic() - began > 3
-    crew.signals = 1
-    crew.thread.join(20)
-    assert not crew.thread.is_alive()
+    replicas.signals = 1
+    replicas.thread.join(20)
+    assert not replicas.thread.is_alive()
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])

@@ -1,4 +1,4 @@
-"""A crew: copies of one command, kept alive on this machine until they are told to end.
+"""Replicas: copies of one command, kept alive on this machine until they are told to end.
 
 What a container runs that has several GPUs: one worker a GPU, the lines of all of them on the
 container's own stderr.
@@ -26,7 +26,7 @@ _READ_LOG_BYTES: Final = 8 << 20
 
 
 @dataclass(kw_only=True)
-class Crew:
+class Replicas:
     """``count`` copies of ``job``; one that dies is replaced, one that ends with 0 is done.
 
     Copies that die within seconds of their start are replaced after a pause, which doubles up to
