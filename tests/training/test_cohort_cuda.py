@@ -47,7 +47,7 @@ def test_a_refill_goes_on_in_the_same_graph_where_it_can(bench: Bench) -> None:
     engine = cohort._open()
     before = engine._graph
     leaving.close()
-    refill = cohort.join(bench.config(5, model, dropout=0.25, graph="on"))
+    refill = cohort.join(bench.config(10, model, dropout=0.25, graph="on"))
     cohort.epoch()
     assert engine._graph is before
     bench.assert_as_alone(staying)
