@@ -6,9 +6,9 @@ together, ``room`` how many more, and ``together`` trains them. ``heart`` beats 
 holding out.
 """
 
-from sweeper.worker.attempt import flattened
 from sweeper.worker.loop import Worker, run_ids_into
 from sweeper.worker.patience import patiently
 from sweeper.worker.signals import Signals, StopNowError
+from sweeper.worker.tracked import flattened
 
 __all__ = ["Signals", "StopNowError", "Worker", "flattened", "patiently", "run_ids_into"]

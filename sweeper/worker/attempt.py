@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from sweeper import checkpoints
-from sweeper import settings as names
 from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints
 from sweeper.config import TrialConfig
 from sweeper.config.model import Custom
 from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
-from sweeper.measurement import EPOCH_METRICS, Measurement, summary
-from sweeper.provenance import environment_tags
+from sweeper.measurement import Measurement, summary
 from sweeper.store import Control, Outcome, StoredStudy, held, queue, recovery
 from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value
 from sweeper.store.view import best_of, better
-from sweeper.tracking import RunStart
 from sweeper.worker.compiling import going_by
 from sweeper.worker.patience import GIVE_UP_S, patiently
 from sweeper.worker.reports import Reports
+from sweeper.worker.tracked import TrackedRun
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
     from sweeper.training import Training, Trial
     from sweeper.worker.loop import Worker
 
 _log = logging.getLogger(__name__)
-_STATE_TAGS: Final = {
-    Outcome.COMPLETED: "complete",
-    Outcome.PRUNED: "pruned",
-    Outcome.DIVERGED: "pruned",
-    Outcome.PREEMPTED: "waiting",
-}
 _NAMED: Final = 20
 
 T = TypeVar("T")
@@ -66,14 +56,17 @@ class Attempt:
     epochs: list[Epoch] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     spent_s: float = 0.0
-    tracked: bool = False
+    tracked: TrackedRun = field(init=False)
     reports: Reports | None = None
     checkpoints: TrialCheckpoints | None = None
 
-    @property
-    def key(self) -> str:
-        """A retried trial goes on in the run of the trial it replaces."""
-        return names.run_key(self.study.name, self.claimed.origin)
+    def __post_init__(self) -> None:
+        self.tracked = TrackedRun(
+            tracker=self.worker.tracker,
+            study=self.study.name,
+            claimed=self.claimed,
+            worker=self.worker.name,
+        )
 
     @property
     def by(self) -> tuple[str, bool]:
@@ -137,7 +130,7 @@ class Attempt:
     def announce(self) -> None:
         """Tell the tracker of the trial, before anything can go wrong with it."""
         self.started = time.time()
-        self._start_run(self.configured())
+        self.tracked.start(self.configured(), started=self.started, cohort=self.cohort)
 
     def begin(self, training: Trial) -> None:
         """Go on from a checkpoint where there is one; from here on epochs can be measured."""
@@ -187,11 +180,8 @@ class Attempt:
                 "report earlier epochs",
             )
         for epoch in self.epochs:
-            self._log(epoch)
-        self.worker.tracker.note(
-            self.key,
-            tags={names.RESUMED_TAG: f"attempt {self.claimed.attempt} after epoch {last}"},
-        )
+            self.tracked.log(epoch)
+        self.tracked.resumed(last)
 
     @property
     def _several(self) -> bool:
@@ -219,7 +209,7 @@ class Attempt:
         """Say what an epoch gave, tracker first; how the trial ends if this was its last."""
         epoch = Epoch(measurement=measurement, time_ms=round(time.time() * 1000))
         self.epochs.append(epoch)
-        self._log(epoch)
+        self.tracked.log(epoch)
         if not measurement.finite:
             return Outcome.DIVERGED
         last = measurement.epoch >= training.config.train.epochs
@@ -256,35 +246,9 @@ class Attempt:
             raise TrialLostError("nothing can be kept before training begins")
         return self.checkpoints
 
-    def _log(self, epoch: Epoch) -> None:
-        measurement = epoch.measurement
-        self.worker.tracker.log(self.key, measurement.metrics, measurement.epoch, epoch.time_ms)
-
     def _patiently(self, call: Callable[[], T], what: str) -> T:
         faults = self.study.spec.faults
         return patiently(call, what, self.worker.signals, grace_s=faults.grace_s)
-
-    def _start_run(self, config: TrialConfig) -> None:
-        self.worker.tracker.start(
-            RunStart(
-                key=self.key,
-                experiment=self.study.name,
-                name=names.run_name(self.claimed.origin),
-                params=flattened(config.model_dump(mode="json")),
-                tags={
-                    names.STUDY_TAG: self.study.name,
-                    names.ROLE_TAG: names.ROLE_TRIAL,
-                    names.TRIAL_TAG: str(self.claimed.number),
-                    names.STATE_TAG: "running",
-                    names.ATTEMPT_TAG: str(self.claimed.attempt),
-                    names.WORKER_TAG: self.worker.name,
-                    **({names.COHORT_TAG: self.cohort} if self.cohort else {}),
-                    **environment_tags(),
-                },
-                start_time_ms=round(self.started * 1000),
-            )
-        )
-        self.tracked = True
 
     def _describe(self, training: Trial) -> None:
         """What is known of the trial once its model and data are there."""
@@ -294,12 +258,7 @@ class Attempt:
         self._patiently(
             lambda: held.note(self.worker.store, self.claimed, facts), "describe the trial"
         )
-        self.worker.tracker.note(
-            self.key,
-            tags={f"sweeper.note.{key}": text for key, text in training.notes.items()},
-            metrics={"model_parameters": float(training.parameters)},
-            dataset=training.dataset.describe(),
-        )
+        self.tracked.describe(training)
 
     def _values(self) -> list[float]:
         """The trial's objectives: each the value of its best epoch, or of the last."""
@@ -327,7 +286,8 @@ class Attempt:
             "end the trial",
         )
         well = bad or outcome in {Outcome.COMPLETED, Outcome.PRUNED}
-        self._end_run("FINISHED" if well else "FAILED", outcome, metrics)
+        company = self.company if self.mates or self.beside else None
+        self.tracked.end("FINISHED" if well else "FAILED", outcome, metrics, company=company)
         self._kept.delete()
         _log.info("trial %d %s after %d epochs", self.claimed.number, outcome, len(self.epochs))
 
@@ -339,45 +299,16 @@ class Attempt:
             if signals.stopping and signals.waited_s() >= grace_s:
                 return
 
-    def _end_run(
-        self, status: str, outcome: Outcome, metrics: Mapping[str, float] | None = None
-    ) -> None:
-        if self.tracked:
-            self.worker.tracker.end(
-                self.key,
-                status=status,
-                metrics={
-                    name: value
-                    for name, value in (metrics or {}).items()
-                    if name not in EPOCH_METRICS
-                },
-                tags={
-                    names.STATE_TAG: "failed"
-                    if status == "FAILED"
-                    else _STATE_TAGS.get(outcome, "failed"),
-                    names.OUTCOME_TAG: str(outcome),
-                    **({names.COMPANY_TAG: self.company} if self.mates or self.beside else {}),
-                },
-                end_time_ms=round(time.time() * 1000),
-            )
-
     def _save_weights(self, training: Trial) -> None:
         """Hand the weights to the tracker if no trial so far was better."""
-        from safetensors.torch import save_file
-
         objective = self.study.spec.objective[0]
         best = self._patiently(
             lambda: best_value(self.worker.store, self.study), "compare with other trials"
         )
         if best is not None and not better(objective, self._values()[0], best):
             return
-        weights = training.best_weights()
-        if not weights:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / names.WEIGHTS_FILE
-            save_file({key: value.contiguous() for key, value in weights.items()}, file)
-            self.worker.tracker.artifact(self.key, file, names.WEIGHTS_FOLDER)
+        if weights := training.best_weights():
+            self.tracked.weights(weights)
 
     def give_back(self, *, alone: bool = False) -> None:
         """Put the trial back for another worker; nothing of it is lost but the time.
@@ -398,8 +329,7 @@ class Attempt:
             self._patiently(
                 lambda: held.put_back(self.worker.store, self.claimed), "put the trial back"
             )
-            if self.tracked:
-                self._end_run("KILLED", Outcome.PREEMPTED)
+            self.tracked.end("KILLED", Outcome.PREEMPTED)
         except TrialLostError:
             pass
         except StoreUnreachableError as error:
@@ -420,7 +350,7 @@ class Attempt:
                 ),
                 "end the trial",
             )
-            self._end_run("FAILED", outcome)
+            self.tracked.end("FAILED", outcome)
             retried = recovery.tries(self.study.spec, outcome) > self.claimed.failures(outcome)
             if self.checkpoints is not None and not retried:
                 self.checkpoints.delete()
@@ -431,14 +361,3 @@ def _numbers(trials: set[int]) -> str:
     first = ", ".join(map(str, sorted(trials)[:_NAMED]))
     more = f" and {len(trials) - _NAMED} more" if len(trials) > _NAMED else ""
     return f"trial{'s' if len(trials) > 1 else ''} {first}{more}"
-
-
-def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names; other values as they are."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            result.update(flattened(value, f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
