@@ -7,6 +7,7 @@ somebody names (``init``, ``report --out``), follow the umask as everybody expec
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -46,8 +47,13 @@ def private_opener(path: str, flags: int) -> int:
 
 
 def private_file(file: Path) -> None:
-    """Create ``file`` empty where it is missing, before a library creates it for all to read."""
-    os.close(os.open(file, os.O_CREAT | os.O_RDONLY, FILE_MODE))
+    """Create ``file`` empty where it is missing, before a library creates it for all to read.
+
+    One that is there is not opened: closing it again would take away every lock that this process
+    has on it, SQLite's as well, and the next to close the database would delete its journal.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, FILE_MODE))
 
 
 def redacted(text: str) -> str:

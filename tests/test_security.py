@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import logging
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -454,6 +456,24 @@ def test_a_private_file_keeps_what_is_in_it(tmp_path: Path, open_umask: None) ->
     private_folder(folder)
     with pytest.raises(FileExistsError):
         private_folder(file)
+
+
+def test_a_private_file_keeps_the_locks_that_this_process_has_on_it(tmp_path: Path) -> None:
+    """SQLite's are of that kind: closing any descriptor of the file would end them all."""
+    file = tmp_path / "x"
+    private_file(file)
+    with file.open("rb+") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        private_file(file)
+        other = (
+            "import fcntl, sys\n"
+            "with open(sys.argv[1], 'rb+') as file:\n"
+            "    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        )
+        asked = subprocess.run(
+            [sys.executable, "-c", other, str(file)], capture_output=True, check=False
+        )
+    assert b"BlockingIOError" in asked.stderr
 
 
 def test_a_checkpoint_is_read_without_running_it(tmp_path: Path) -> None:

@@ -204,6 +204,17 @@ def test_launching_again_resumes_and_a_change_is_refused(launched: Launched) -> 
     assert more["trials"]["complete"] == 4
 
 
+def test_files_are_launched_one_after_the_other(sweeper: Sweeper) -> None:
+    """In one process and one database: each launch opens the store that the last one had open."""
+    files = [sweeper.write(f"{name}.yaml", name=name) for name in ("one", "two", "three")]
+    results = sweeper.json("launch", *files, "--workers", "1")
+    assert [(result["study"], result["trials"]["complete"]) for result in results] == [
+        ("one", 3),
+        ("two", 3),
+        ("three", 3),
+    ]
+
+
 def test_a_killed_worker_loses_nothing(sweeper: Sweeper) -> None:
     file = sweeper.write(search={"trials": 3, "sampler": "random"}, **SLOW)
     launch = sweeper.start("launch", file, "--workers", "2", "--json")
