@@ -12,7 +12,7 @@ from sweeper.report.collect import StudyData, device_seconds
 from sweeper.report.configurations import Configuration
 from sweeper.report.curves import Curve, curves_block, over_trials
 from sweeper.report.leaderboard import described
-from sweeper.report.reference import published, spread_cell, verdict
+from sweeper.report.reference import length, published, spread_cell, verdict
 from sweeper.report.render import render
 from sweeper.report.study_page import guarded
 from sweeper.report.tables import Cell, Column, Table
@@ -61,7 +61,10 @@ def comparison_page(
     first: list[Block] = [Tables(table=table)]
     curves = guarded("the curves", lambda: _curves(studies))
     references = [
-        Text(text=f"{data.name} against {data.now.spec.reference.source}: {verdict(rows)}")
+        Text(
+            text=f"{data.name} against {data.now.spec.reference.source}: "
+            f"{verdict(rows, length(data.now.spec, rows))}"
+        )
         for data in studies
         if data.now.spec.reference is not None and (rows := published(data))
     ]

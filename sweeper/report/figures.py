@@ -20,6 +20,7 @@ from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import SEEDS
 from sweeper.report.drawing import figure_data
+from sweeper.report.restyle import restyled
 from sweeper.report.wording import metric_title, short_names, value
 from sweeper.store.sampling import decoded
 from sweeper.study.spec import StudySpec
@@ -52,12 +53,12 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
     ),
     "parallel_coordinate": (
         "Parallel coordinates",
-        "One line a completed trial; darker is better.",
+        "One line a completed trial; the more orange, the better.",
         visualization.plot_parallel_coordinate,
     ),
     "slice": (
         "Slices",
-        "The objective against each parameter; darker is later.",
+        "The objective against each parameter; the more orange, the later the trial.",
         visualization.plot_slice,
     ),
     "contour": (
@@ -112,9 +113,8 @@ def _drawn(data: StudyData) -> list[Figure]:
 
 
 def _figure(name: str, title: str, caption: str, drawn: go.Figure, objective: str) -> Figure:
-    spec = figure_data(drawn)
+    spec = restyled(name, figure_data(drawn), objective)
     layout: dict[str, Any] = spec["layout"]
-    _name_the_objective(spec, objective)
     panels = sum(key.startswith("xaxis") for key in layout)
     side = round(panels**0.5)
     grid = name in {"contour", "rank"} and side > 1
@@ -132,22 +132,6 @@ def _figure(name: str, title: str, caption: str, drawn: go.Figure, objective: st
         least_width_px=width.get(name, 0),
         wide=name in {"parallel_coordinate", "slice"} or grid,
     )
-
-
-def _name_the_objective(spec: Any, objective: str) -> None:
-    """Put the metric's name where Optuna writes “Objective Value”."""
-    if isinstance(spec, dict):
-        for key, item in spec.items():
-            if item == "Objective Value":
-                spec[key] = objective
-            else:
-                _name_the_objective(item, objective)
-    elif isinstance(spec, list):
-        for index, item in enumerate(spec):
-            if item == "Objective Value":
-                spec[index] = objective
-            else:
-                _name_the_objective(item, objective)
 
 
 def readable(data: StudyData) -> optuna.Study:
@@ -181,7 +165,7 @@ def _readable(trial: FrozenTrial, titles: dict[str, str], spec: StudySpec) -> Fr
     def choices(path: str, kept: BaseDistribution) -> BaseDistribution:
         if not isinstance(kept, CategoricalDistribution):
             return kept
-        return CategoricalDistribution([worded(path, each) for each in kept.choices])
+        return CategoricalDistribution(_in_order([worded(path, each) for each in kept.choices]))
 
     return FrozenTrial(
         number=trial.number,
@@ -205,6 +189,13 @@ def _readable(trial: FrozenTrial, titles: dict[str, str], spec: StudySpec) -> Fr
         system_attrs={},
         intermediate_values=trial.intermediate_values,
     )
+
+
+def _in_order(choices: list[Any]) -> list[Any]:
+    """Numbers by size, whatever the order of the study file; others as they are."""
+    if all(isinstance(each, int | float) and not isinstance(each, bool) for each in choices):
+        return sorted(choices)
+    return choices
 
 
 def _most_important(study: optuna.Study) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import (
     Configuration,
-    Point,
     Spread,
     identity,
     resolved,
@@ -123,12 +122,16 @@ def _state(config: Configuration | None) -> str:
     return (last.outcome or last.state).replace("_", " ")
 
 
-def verdict(rows: list[Published]) -> str:
-    """One sentence: how many rows were measured, and how far they are from what was reported."""
+def verdict(rows: list[Published], length: str = "") -> str:
+    """One sentence: how many rows were measured, and how far they are from what was reported.
+
+    ``length`` is how long they were trained, which says at once that a study was shortened.
+    """
     done = [row for row in rows if row.state == "measured"]
     if not done:
         return f"None of {plural(len(rows), 'published row')} has been measured yet."
     said = f"{len(done)} of {plural(len(rows), 'published row')} measured"
+    said += f" after {length}" if length else ""
     for name in _order(rows):
         gaps = [
             gap
@@ -192,16 +195,16 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note=f"{_MARKED} Measured after {_length(spec, points)}.",
+        note=f"{_MARKED} Measured after {length(spec, rows)}.",
         open_rows=40,
     )
 
 
-def _length(spec: StudySpec, points: Sequence[Point]) -> str:
+def length(spec: StudySpec, rows: list[Published]) -> str:
     """How long was trained: a table of a shortened study must say so itself."""
-    epochs = {setting(spec, config, params, "train.epochs") for config, params in points}
-    length = plural(epochs.pop(), "epoch") if len(epochs) == 1 else "the epochs of each row"
-    return length + (f" of at most {spec.data.limit:,} training images" if spec.data.limit else "")
+    epochs = {setting(spec, resolved(spec, row.params), row.params, "train.epochs") for row in rows}
+    said = plural(epochs.pop(), "epoch") if len(epochs) == 1 else "the epochs of each row"
+    return said + (f" of at most {spec.data.limit:,} training images" if spec.data.limit else "")
 
 
 def _figures(row: Published, name: str) -> list[Cell]:

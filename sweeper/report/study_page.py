@@ -14,7 +14,7 @@ from sweeper.errors import SweeperError
 from sweeper.report.blocks import Block, Facts, Folded, Page, Section, Tables, Text
 from sweeper.report.collect import Say, StudyData, provenance, silent
 from sweeper.report.leaderboard import all_trials, leaderboard
-from sweeper.report.reference import published, reference_table, verdict
+from sweeper.report.reference import length, published, reference_table, verdict
 from sweeper.report.summary import asked, best_configuration, headline, tiles
 from sweeper.report.wording import plural
 from sweeper.settings import Settings
@@ -97,7 +97,7 @@ def guarded(what: str, make: Callable[[], Iterable[Block]]) -> list[Block]:
 def _first(data: StudyData) -> Iterable[Block]:
     rows = published(data)
     if rows:
-        yield Text(text=verdict(rows))
+        yield Text(text=verdict(rows, length(data.now.spec, rows)))
         yield Tables(table=reference_table(data, rows))
     yield asked(data)
     best = best_configuration(data)

@@ -151,22 +151,22 @@ def _section(section: Mapping[str, Any], *, prefix: str, skip: set[str]) -> str:
     """A section of the study file in one line, without what is searched."""
     parts = []
     for key, each in sorted(section.items(), key=lambda item: item[0] != "name"):
-        path = f"{prefix}.{key}"
+        path, title = f"{prefix}.{key}", key.replace("_", " ")
         if path in skip or each is None or each == [] or each == {}:
             continue
         if isinstance(each, Mapping):
             inside = _section(each, prefix=path, skip=skip)
-            text = f"{key} ({inside})" if inside else ""
+            text = f"{title} ({inside})" if inside else ""
         elif isinstance(each, list | tuple):
             listed = [
                 _section(item, prefix=path, skip=skip) if isinstance(item, Mapping) else value(item)
                 for item in each
             ]
-            text = f"{key} {' + '.join(listed)}"
+            text = f"{title} {' + '.join(listed)}"
         else:
-            text = value(each) if key == "name" else f"{key} {value(each)}"
+            text = value(each) if key == "name" else f"{title} {value(each)}"
         if text:
-            parts.append(text.replace("_", " ") if not isinstance(each, str) else text)
+            parts.append(text)
     return ", ".join(parts) or "all of it is searched"
 
 

@@ -148,18 +148,19 @@ def markdown(text: str) -> str:
 
 
 def table_latex(table: Table) -> str:
-    """A ``table`` environment for the package ``booktabs``."""
+    """A ``table`` environment for :data:`LATEX_PACKAGES`, made smaller where it is too wide."""
     lines = [
         r"\begin{table}",
         r"  \centering",
         rf"  \caption{{{_latex(table.caption)}}}",
+        r"  \resizebox{\ifdim\width>\linewidth \linewidth\else \width\fi}{!}{%",
         rf"  \begin{{tabular}}{{{''.join('r' if c.numeric else 'l' for c in table.columns)}}}",
         r"    \toprule",
         *(f"    {line}" for line in _latex_heads(table)),
         r"    \midrule",
         *(f"    {' & '.join(_latex(cell.text) for cell in row)} \\\\" for row in table.rows),
         r"    \bottomrule",
-        r"  \end{tabular}",
+        r"  \end{tabular}}",
     ]
     if table.note:
         lines.append(rf"  \par\smallskip {_latex(table.note)}")
@@ -181,6 +182,7 @@ def _latex_heads(table: Table) -> Iterator[str]:
     yield " & ".join(_latex(column.title) for column in table.columns) + r" \\"
 
 
+LATEX_PACKAGES: Final = ("booktabs", "graphicx")
 _LATEX: Final = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -188,7 +190,10 @@ _LATEX: Final = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
     "`": r"\textasciigrave{}",
     "±": r"$\pm$",
     "−": "$-$",
@@ -196,12 +201,18 @@ _LATEX: Final = {
     "∞": r"$\infty$",
     "…": r"\dots{}",
     "×": r"$\times$",
+    "≈": r"$\approx$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
     **{character: f"\\{character}" for character in "{}$&#_%"},
 }
 
 
 def _latex(text: str) -> str:
-    """``text`` so that LaTeX sets it as it is, on one line."""
+    """``text`` so that LaTeX sets it as it is, on one line.
+
+    A bracket or star that begins a row would be taken for an argument of the break before it.
+    """
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 

@@ -5,7 +5,7 @@ Optuna's own timeline knows no workers.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sweeper.report.blocks import Figure
@@ -18,6 +18,7 @@ _LANE_PX: Final = 34
 _LEAST_PX: Final = 150
 _MOST_PX: Final = 900
 _NAME_LENGTH: Final = 18
+_NUMBER_PX: Final = 9
 _LEAST_BAR_S: Final = 0.002
 """Of the whole time, so that no attempt is invisible."""
 
@@ -43,17 +44,30 @@ def timeline(data: StudyData) -> Figure | None:
         bargap=0.25,
         showlegend=True,
         legend=LEGEND_ABOVE,
+        uniformtext={"mode": "hide", "minsize": _NUMBER_PX},
     )
-    drawn["xaxis"] |= {"type": "date", "tickangle": 0, "nticks": 6}
+    drawn["xaxis"] |= {
+        "type": "date",
+        "tickangle": 0,
+        "nticks": 4,
+        "tickformat": _clock(end - start),
+    }
     drawn["yaxis"] |= {"type": "category", "autorange": "reversed", "title": {"text": ""}}
     return Figure(
         name="timeline",
         title="Timeline",
-        caption="One lane a worker, one bar an attempt.",
+        caption="One lane a worker, one bar an attempt, with its trial's number.",
         spec={"data": traces, "layout": drawn},
         height_px=min(_MOST_PX, max(_LEAST_PX, 110 + _LANE_PX * len(lanes))),
         wide=True,
     )
+
+
+def _clock(span: timedelta) -> str:
+    """What tells the ticks of such a span apart, short enough for a phone."""
+    if span < timedelta(minutes=10):
+        return "%H:%M:%S"
+    return "%H:%M" if span < timedelta(hours=20) else "%-d %b<br>%H:%M"
 
 
 def _lanes(workers: list[str]) -> dict[str, str]:
@@ -84,10 +98,13 @@ def _bars(
         "base": [(row.started or end).isoformat(timespec="milliseconds") for row in rows],
         "x": numbers(max(least_ms, span) for span in spans),
         "y": [lanes[row.worker or "unknown"] for row in rows],
-        "text": [_said(row, metric) for row in rows],
-        "textposition": "none",
+        "text": [str(row.number) for row in rows],
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textangle": 0,
+        "customdata": [_said(row, metric) for row in rows],
         "marker": {"color": STATES[state], "line": {"width": 0.5, "color": "rgba(0,0,0,0.35)"}},
-        "hovertemplate": "%{text}<extra></extra>",
+        "hovertemplate": "%{customdata}<extra></extra>",
     }
 
 

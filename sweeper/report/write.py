@@ -16,7 +16,14 @@ from sweeper.report.leaderboard import leaderboard
 from sweeper.report.reference import published, reference_table
 from sweeper.report.render import render
 from sweeper.report.study_page import study_page
-from sweeper.report.tables import Table, table_csv, table_latex, table_markdown, trials_csv
+from sweeper.report.tables import (
+    LATEX_PACKAGES,
+    Table,
+    table_csv,
+    table_latex,
+    table_markdown,
+    trials_csv,
+)
 from sweeper.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,7 +90,8 @@ def table_files(found: Sequence[Table]) -> dict[str, str]:
     short = [_first_rows(table) for table in found]
     return {
         "table.md": "\n".join(map(table_markdown, short)),
-        "table.tex": "% needs \\usepackage{booktabs}\n" + "\n".join(map(table_latex, short)),
+        "table.tex": f"% needs \\usepackage{{{','.join(LATEX_PACKAGES)}}}\n"
+        + "\n".join(map(table_latex, short)),
         **{f"{table.name}.csv": table_csv(table) for table in found},
     }
 

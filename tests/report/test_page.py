@@ -143,7 +143,7 @@ def test_the_first_screen_says_what_was_asked_and_what_came_out(
     first = found.said.split("Training curves")[1]
     assert "maximize val accuracy (best epoch)" in first
     assert "model.patch: 2, 4" in first
-    assert "1 of 2 published rows measured; test accuracy differs by" in first
+    assert "1 of 2 published rows measured after 3 epochs of at most 300 training images; " in first
     assert first.index("Reported in R9.9") < first.index("Asked")
 
 

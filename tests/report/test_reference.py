@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report.conftest import made, row
 
-from sweeper.report.reference import published, reference_table, verdict
+from sweeper.report.reference import length, published, reference_table, verdict
 
 
 def reference(*trials: dict[str, Any]) -> dict[str, Any]:
@@ -156,4 +156,18 @@ def test_the_verdict_is_one_sentence() -> None:
     assert verdict(published(two)) == (
         "2 of 3 published rows measured; test accuracy differs by −2.0 to +1.0 points, "
         "1.5 on average."
+    )
+
+
+def test_the_verdict_on_a_shortened_study_says_so() -> None:
+    data = made(
+        row(0, accuracy=0.3),
+        data={"name": "digits", "limit": 1200},
+        train={"epochs": 3},
+        reference=reference({"params": {}, "reported": {"test_accuracy": 0.5}}),
+    )
+    rows = published(data)
+    assert verdict(rows, length(data.now.spec, rows)) == (
+        "1 of 1 published row measured after 3 epochs of at most 1,200 training images; "
+        "test accuracy differs by −20.0 points."
     )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
+import subprocess
+from pathlib import Path
 
+import pytest
 from report.conftest import HOSTILE, made, row
 
 from sweeper.report.tables import (
+    LATEX_PACKAGES,
     Cell,
     Column,
     Table,
@@ -62,19 +67,50 @@ def test_latex_has_groups_over_columns_and_escapes_what_it_would_read() -> None:
         "\\begin{table}\n"
         "  \\centering\n"
         "  \\caption{R4 \\& \\textless{}us\\textgreater{}}\n"
+        "  \\resizebox{\\ifdim\\width>\\linewidth \\linewidth\\else \\width\\fi}{!}{%\n"
         "  \\begin{tabular}{rlrr}\n"
         "    \\toprule\n"
         "     &  & \\multicolumn{2}{c}{test\\_accuracy} \\\\\n"
         "    \\cmidrule(lr){3-4}\n"
         "    lr & optimizer & reported & measured \\\\\n"
         "    \\midrule\n"
-        "    0.001 & a\\textbar{}b\\_* & 0.7590 & 0.7600 $\\pm$ 0.0010 \\\\\n"
+        "    0.001 & a\\textbar{}b\\_{*} & 0.7590 & 0.7600 $\\pm$ 0.0010 \\\\\n"
         "    0.01 &  & -- & not run \\\\\n"
         "    \\bottomrule\n"
-        "  \\end{tabular}\n"
+        "  \\end{tabular}}\n"
         "  \\par\\smallskip 100 \\%\n"
         "\\end{table}\n"
     )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles_and_is_no_wider_than_the_page(tmp_path: Path) -> None:
+    """Whatever stands in a cell, at the start of a row as well, and however many columns."""
+    nasty = ['[1pt] "q"', "* a", "a_b % & # $ {x} ^ ~ \\ < > | ` ' ± − – ∞ … × ≈ ≤ ≥ é"]
+    table = Table(
+        name="t",
+        caption=nasty[-1],
+        columns=tuple(Column(title=nasty[-1], group="g_1" * (n > 2)) for n in range(12)),
+        rows=tuple((Cell(text=text),) * 12 for text in nasty),
+        note=nasty[-1],
+    )
+    source = tmp_path / "page.tex"
+    source.write_text(
+        f"\\documentclass{{article}}\\usepackage{{{','.join(LATEX_PACKAGES)}}}\n"
+        f"\\begin{{document}}\n{table_latex(table)}\\end{{document}}\n",
+        encoding="utf-8",
+    )
+    ended = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-draftmode", source.name],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    log = source.with_suffix(".log").read_text(encoding="latin-1")
+    assert ended.returncode == 0, log[-2000:]
+    assert "LaTeX Error" not in log
+    assert "Overfull \\hbox" not in log
 
 
 def test_csv_has_values_and_a_column_for_standard_deviations() -> None:
