@@ -2,7 +2,7 @@
 
 One trial: a DataLoader and an eager step as a textbook writes them; images that stay on the device;
 that step as one CUDA graph; the same compiled. Then 1, 4, 16 and 64 trials as a cohort, in lanes of
-their own (on a GPU: streams), and in processes. The rungs of one trial are timed in turn, so that
+their own (on a GPU: streams), and in processes. Rungs that are compared are timed in turn, so that
 what else the machine does hits all of them. Images are random, of the data set's shape. On a CPU
 everything runs with one thread, as workers do, there are no graphs and no streams, and lanes train
 one batch after the other.
@@ -17,7 +17,13 @@ each read and written once a step.
 machine that others use as well. A compiled step says above its row how long that took, with
 an empty folder of compiled code (``TORCHINDUCTOR_CACHE_DIR``) or with what was there.
 
+What is wanted most comes first: the step of every model eager and captured, then 16 trials at once.
+Every row is printed and written to the JSON file as soon as it is measured, so a run that is broken
+off keeps what it has. With ``--minutes`` nothing begins that is not expected to end in time. A rung
+that fails is told and left out.
+
     python benchmarks/bench_step.py                 # all, on the GPU where there is one
+    python benchmarks/bench_step.py --minutes 7 --json results.json
     python benchmarks/bench_step.py --quick         # a minute or two on a CPU
     python benchmarks/bench_step.py --models mlp mixer_p16 --trials 1 16 --json results.json
 """
@@ -31,6 +37,8 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +46,7 @@ import step_rungs as rungs
 import torch
 
 from sweeper.config import DataShape, TrialConfig
+from sweeper.data import Dataset
 from sweeper.provenance import cpu_name
 from sweeper.training.device import best_device, resolved
 from sweeper.training.precision import precision_of
@@ -52,9 +61,16 @@ def _mixer(**fields: Any) -> dict[str, Any]:
 
 
 MODELS: dict[str, tuple[DataShape, int, dict[str, Any]]] = {
-    "mixer_p4": (CIFAR, 128, _mixer(patch=4, embed_dim=256, blocks=4)),
     "mixer_p8": (CIFAR, 128, _mixer(patch=8, embed_dim=256, blocks=4)),
     "mixer_p16": (CIFAR, 128, _mixer(patch=16, embed_dim=256, blocks=4)),
+    "mixer_p4": (CIFAR, 128, _mixer(patch=4, embed_dim=256, blocks=4)),
+    "mixer_r3": (
+        GREY,
+        256,
+        _mixer(patch=4, embed_dim=16, blocks=8, token_hidden=1024, channel_hidden=512),
+    ),
+    "resnet18": (CIFAR, 128, {"name": "resnet18"}),
+    "cnn": (CIFAR, 64, {"name": "cnn"}),
     "mixer_r0": (
         GREY,
         128,
@@ -65,21 +81,199 @@ MODELS: dict[str, tuple[DataShape, int, dict[str, Any]]] = {
         128,
         _mixer(patch=4, embed_dim=16, blocks=2, token_hidden=512, channel_hidden=512),
     ),
-    "mixer_r3": (
-        GREY,
-        256,
-        _mixer(patch=4, embed_dim=16, blocks=8, token_hidden=1024, channel_hidden=512),
-    ),
     "mlp": (GREY, 128, {"name": "mlp", "width": 512, "layers": 2}),
     "vit": (
         GREY,
         128,
         {"name": "vit", "patch": 4, "embed_dim": 64, "blocks": 6, "heads": 4},
     ),
-    "cnn": (CIFAR, 64, {"name": "cnn"}),
-    "resnet18": (CIFAR, 128, {"name": "resnet18"}),
 }
+"""In the order in which they are measured."""
+
+TOGETHER = ("mixer_r0", "mlp", "mixer_r3", "vit", "mixer_p16", "mixer_r2")
+"""Those of which several at once are measured first: small ones, which leave most of a GPU idle."""
+
+AT_ONCE = 16
+AIMS: dict[str, dict[str, float]] = {
+    "mixer_p8": {"epoch_s": 0.15, "graph": 2.5},
+    "mixer_p16": {"epoch_s": 0.15, "graph": 2.5, "together": 2.0},
+    "mixer_p4": {"epoch_s": 0.40},
+    "mixer_r3": {"epoch_s": 0.35, "together": 8.0},
+    "resnet18": {"epoch_s": 1.0},
+    "cnn": {"epoch_s": 0.06},
+    "mixer_r0": {"together": 8.0},
+    "mixer_r2": {"together": 8.0},
+    "mlp": {"together": 8.0},
+    "vit": {"together": 3.0},
+}
+"""What an H200 should reach: seconds an epoch at most, and at least how many times as fast the
+captured step is as the eager one, and :data:`AT_ONCE` trials at once as one captured trial."""
 QUICK = ("mlp", "mixer_r0")
+
+EAGER, GRAPH, COMPILED, LOADER = "on the device", "+ CUDA graph", "+ compile", "DataLoader, eager"
+_DATALOADER_BATCHES = 50
+"""A DataLoader is so slow that a few batches are enough to see it."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What is measured of the models, and what was found."""
+
+    options: argparse.Namespace
+    device: torch.device
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)
+    _subjects: dict[str, Subject] = field(default_factory=dict)
+    _images: dict[DataShape, Dataset] = field(default_factory=dict)
+    _roofs: dict[torch.dtype, float] = field(default_factory=dict)
+    _moved: float = 0.0
+
+    def subject(self, name: str) -> Subject:
+        """A model with its images."""
+        if name not in self._subjects:
+            self._subjects[name] = self._made(name)
+        return self._subjects[name]
+
+    def _made(self, name: str) -> Subject:
+        shape, batch, model = MODELS[name]
+        config = TrialConfig.model_validate(
+            {
+                "data": {
+                    "name": "cifar10" if shape == CIFAR else "mnist",
+                    "standardize": "channel",
+                },
+                "model": model,
+                "optimizer": {"name": "adamw", "lr": 1e-3},
+                "train": {"batch_size": batch},
+            }
+        )
+        if shape not in self._images:
+            largest = max(size for each, size, _ in MODELS.values() if each == shape)
+            count = largest * self.options.batches
+            self._images[shape] = rungs.images(shape, count, self.device)
+        precision = precision_of(config.train, self.device)
+        dtype = precision.autocast or precision.dtype
+        if dtype not in self._roofs:
+            self._roofs[dtype] = rungs.roof(self.device, dtype)
+        self._moved = self._moved or rungs.bandwidth(self.device)
+        return Subject(
+            config=config,
+            shape=shape,
+            dataset=rungs.shortened(self._images[shape], batch * self.options.batches),
+            of_roof=rungs.flops(config, shape) / self._roofs[dtype],
+            of_memory=rungs.update_bytes(config, shape) / batch / self._moved,
+        )
+
+    def compared(self, name: str, ways: dict[str, Any], *, trials: int = 1) -> None:
+        """Time these rungs in turn and show them; one that fails is told, the others go on."""
+        times: dict[str, list[float]] = {}
+        cpu: dict[str, list[float]] = {}
+        with contextlib.ExitStack() as stack:
+            runs: dict[str, Callable[[], float]] = {}
+            for rung, made in ways.items():
+                with self._told(f"{trials} x {name}, {rung}"):
+                    run = stack.enter_context(made)
+                    run()
+                    runs[rung] = run
+            for _ in range(self.options.repetitions):
+                for rung, run in list(runs.items()):
+                    with self._told(f"{trials} x {name}, {rung}", lambda r=rung: runs.pop(r)):
+                        began = time.process_time()
+                        times.setdefault(rung, []).append(run())
+                        cpu.setdefault(rung, []).append(time.process_time() - began)
+        for rung in runs:
+            self._show(name, trials, rung, times[rung], cpu[rung])
+
+    def rate(self, name: str, trials: int, rung: str) -> float | None:
+        """Images a second of a row that was measured."""
+        for row in reversed(self.rows):
+            if (row["model"], row["trials"], row["rung"]) == (name, trials, rung):
+                return statistics.median(row["images_per_s"])
+        return None
+
+    def _show(
+        self, name: str, trials: int, rung: str, seconds: list[float], cpu: list[float]
+    ) -> None:
+        subject = self.subject(name)
+        count = subject.batches_of(rung) * subject.config.train.batch_size
+        rates = [trials * count / each for each in seconds]
+        rate = statistics.median(rates)
+        spread = (max(rates) - min(rates)) / rate
+        epoch = TRAINED[subject.shape] * trials / rate
+        own = f"{statistics.median(cpu) / subject.batches_of(rung) * 1e3:.3g}"
+        own = own if rung != "processes" else ""
+        cells = f"{rate:,.0f} | {spread:.0%} | {epoch:.3g} | {own} | {rate * subject.of_roof:.1%}"
+        print(
+            f"| {name} | {trials} | {rung} | {cells} | {rate * subject.of_memory:.1%} |", flush=True
+        )
+        self.rows.append(
+            {
+                "model": name,
+                "trials": trials,
+                "rung": rung,
+                "images_per_s": rates,
+                "epoch_s": epoch,
+                "of_roof": rate * subject.of_roof,
+                "of_memory": rate * subject.of_memory,
+                "cpu_s": cpu,
+            }
+        )
+        self.save()
+
+    def save(self) -> None:
+        """Write what there is, whole or not at all."""
+        file: Path | None = self.options.json
+        if file is None:
+            return
+        found = {"machine": _machine(self.device), "rows": self.rows, "trouble": self.trouble}
+        temporary = file.with_name(f"{file.name}.tmp")
+        temporary.write_text(json.dumps(found, indent=1))
+        temporary.replace(file)
+
+    def tell(self, what: str) -> None:
+        """Something that was not measured, and why."""
+        print(f"({what})", flush=True)
+        self.trouble.append(what)
+        self.save()
+
+    @contextlib.contextmanager
+    def _told(self, what: str, then: Callable[[], Any] = lambda: None) -> Iterator[None]:
+        """Go on after a failure, which is told."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            then()
+            self.tell(f"{what}: does not fit into memory")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other rungs are wanted
+            then()
+            said = (str(error).strip().splitlines() or [""])[0]
+            self.tell(f"{what}: {type(error).__name__}: {said}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is measured. ``of_roof`` and ``of_memory``: the share of them that one image a
+    second takes."""
+
+    config: TrialConfig
+    shape: DataShape
+    dataset: Dataset
+    of_roof: float
+    of_memory: float
+
+    def batches_of(self, rung: str) -> int:
+        """How many batches a call of a rung trains on."""
+        full = len(self.dataset.train) // self.config.train.batch_size
+        return min(full, _DATALOADER_BATCHES) if rung == LOADER else full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Some rungs of one model. Jobs of one ``kind`` take about as long as each other."""
+
+    kind: str
+    model: str
+    run: Callable[[Bench, str], None]
 
 
 def main() -> None:
@@ -87,115 +281,124 @@ def main() -> None:
     device = resolved(torch.device(options.device)) if options.device else best_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    print(_machine(device))
-    for name in options.models:
-        print(
-            f"\n### {name}\n\n| trials | rung | images/s | spread | s/epoch of all | CPU ms "
-            f"| of the roof | of the memory |"
-        )
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        results[name] = _measured(name, options, device)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": _machine(device), "models": results}))
-
-
-def _measured(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    shape, batch, model = MODELS[name]
-    config = TrialConfig.model_validate(
-        {
-            "data": {"name": "cifar10" if shape == CIFAR else "mnist", "standardize": "channel"},
-            "model": model,
-            "optimizer": {"name": "adamw", "lr": 1e-3},
-            "train": {"batch_size": batch},
-        }
+    bench = Bench(options=options, device=device)
+    print(
+        f"{_machine(device)}\n\n| model | trials | rung | images/s | spread | s/epoch of all "
+        "| CPU ms | of the roof | of the memory |\n| --- | --- | --- | --- | --- | --- | --- | --- "
+        "| --- |"
     )
-    dataset = rungs.images(shape, batch * options.batches, device)
-    precision = precision_of(config.train, device)
-    share = rungs.flops(config, shape) / rungs.roof(device, precision.autocast or precision.dtype)
-    moved = rungs.update_bytes(config, shape) / batch / rungs.bandwidth(device)
-    count, found = len(dataset.train), {}
-
-    def show(trials: int, rung: str, seconds: list[float], cpu: list[float] | None = None) -> None:
-        rates = [trials * count / each for each in seconds]
-        own = f"{statistics.median(cpu) / options.batches * 1e3:.3g}" if cpu else ""
-        rate = statistics.median(rates)
-        spread = (max(rates) - min(rates)) / rate
-        epoch = TRAINED[shape] * trials / rate
-        cells = f"{rate:,.0f} | {spread:.0%} | {epoch:.3g} | {own} | {rate * share:.1%}"
-        print(f"| {trials} | {rung} | {cells} | {rate * moved:.1%} |", flush=True)
-        found[f"{trials} {rung}"] = {
-            "images_per_s": rates,
-            "of_roof": rate * share,
-            "of_memory": rate * moved,
-            "cpu_s": cpu,
-        }
-
-    with contextlib.ExitStack() as stack:
-        single = {
-            rung: stack.enter_context(made)
-            for rung, made in _single(config, dataset, device, options).items()
-        }
-        times: dict[str, list[float]] = {rung: [] for rung in single}
-        cpu: dict[str, list[float]] = {rung: [] for rung in single}
-        for run in single.values():
-            run()
-        for _ in range(options.repetitions):
-            for rung, run in single.items():
-                began = time.process_time()
-                times[rung].append(run())
-                cpu[rung].append(time.process_time() - began)
-    for rung, seconds in times.items():
-        show(1, rung, seconds, cpu[rung])
-    for trials in options.trials:
-        for rung, make in _several(model["name"]).items():
-            if rung == "processes" and trials > options.most_processes:
-                continue
-            seconds = _timed(make, config, dataset, device, trials, options.repetitions)
-            if seconds:
-                show(trials, rung, seconds)
-            else:
-                print(f"| {trials} | {rung} | does not fit into memory | | | | | |")
-    return found
-
-
-def _single(
-    config: TrialConfig, dataset: Any, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
-    eager = rungs.changed(config, graph="off")
-    ways = {
-        "DataLoader, eager": rungs.textbook(config, dataset, device, options.loaders),
-        "on the device": rungs.alone(eager, dataset, device),
-    }
-    if device.type == "cuda":
-        graph = rungs.changed(config, graph="on")
-        ways["+ CUDA graph"] = rungs.alone(graph, dataset, device)
-        ways["+ compile"] = rungs.alone(rungs.changed(graph, compile="on"), dataset, device)
-    elif options.compile or not options.quick:
-        compiled = rungs.changed(eager, compile="on")
-        ways["+ compile"] = rungs.alone(compiled, dataset, device)
-    return ways
-
-
-def _several(model: str) -> dict[str, Any]:
-    ways: dict[str, Any] = {} if model == "resnet18" else {"cohort": rungs.cohort}
-    return {**ways, "streams": rungs.streams, "processes": rungs.processes}
-
-
-def _timed(
-    make: Any, config: TrialConfig, dataset: Any, device: torch.device, trials: int, times: int
-) -> list[float]:
-    """Seconds of each repetition, none where memory does not suffice."""
-    try:
-        with make(config, dataset, device, trials) as run:
-            run()
-            return [run() for _ in range(times)]
-    except (MemoryError, torch.OutOfMemoryError):
-        return []
-    finally:
+    end = time.monotonic() + options.minutes * 60 if options.minutes else None
+    longest: dict[str, float] = {}
+    for job in _jobs(options):
+        began = time.monotonic()
+        expected = longest.get(job.kind, max(longest.values(), default=0.0))
+        if end is not None and began + expected > end:
+            bench.tell(f"left out for want of time: {job.model}, {job.kind}")
+            continue
+        job.run(bench, job.model)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        longest[job.kind] = max(longest.get(job.kind, 0.0), time.monotonic() - began)
+    bench.save()
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """What is wanted most comes first."""
+    models = options.models
+    small_first = sorted(models, key=lambda m: TOGETHER.index(m) if m in TOGETHER else len(MODELS))
+    trials = sorted(options.trials, key=lambda many: (many != AT_ONCE, many))
+    yield from (Job(kind="a step", model=model, run=_step) for model in models)
+    for many in trials[:1]:
+        yield from (Job(kind=f"{many} at once", model=m, run=_at_once(many)) for m in small_first)
+    in_processes = [
+        Job(kind=f"{many} processes", model=model, run=_in_processes(many))
+        for many in trials
+        if many <= options.most_processes
+        for model in small_first
+    ]
+    yield from in_processes[:3]
+    yield from (Job(kind="DataLoader", model=model, run=_dataloader) for model in models)
+    if options.compile or not options.quick:
+        yield from (Job(kind="compiled", model=model, run=_compiled) for model in models)
+    yield from in_processes[3:]
+    for many in trials[1:]:
+        yield from (Job(kind=f"{many} at once", model=m, run=_at_once(many)) for m in small_first)
+
+
+def _step(bench: Bench, name: str) -> None:
+    subject, cuda = bench.subject(name), bench.device.type == "cuda"
+    made = (subject.dataset, bench.device)
+    ways = {EAGER: rungs.alone(rungs.changed(subject.config, graph="off"), *made)}
+    if cuda:
+        ways[GRAPH] = rungs.alone(rungs.changed(subject.config, graph="on"), *made)
+    bench.compared(name, ways)
+    eager, captured = bench.rate(name, 1, EAGER), bench.rate(name, 1, GRAPH)
+    aims = AIMS[name]
+    if captured and "epoch_s" in aims:
+        epoch = TRAINED[subject.shape] / captured
+        print(f"({name}: {epoch:.3g} s an epoch captured, at most {aims['epoch_s']:g} wanted)")
+    if captured and eager:
+        wanted = f", {aims['graph']:g} wanted" if "graph" in aims else ""
+        print(f"({name}: captured {captured / eager:.2f} times as fast as eager{wanted})")
+
+
+def _at_once(many: int) -> Callable[[Bench, str], None]:
+    def run(bench: Bench, name: str) -> None:
+        subject = bench.subject(name)
+        made = (subject.config, subject.dataset, bench.device, many)
+        ways: dict[str, Any] = {}
+        if subject.config.model.name != "resnet18":
+            ways["cohort"] = rungs.cohort(*made)
+        ways["streams"] = rungs.streams(*made)
+        for rung, way in ways.items():  # one after the other: all of them might not fit at once
+            bench.compared(name, {rung: way}, trials=many)
+            gc.collect()
+        _say_together(bench, name, many, list(ways))
+
+    return run
+
+
+def _in_processes(many: int) -> Callable[[Bench, str], None]:
+    def run(bench: Bench, name: str) -> None:
+        subject = bench.subject(name)
+        made = (subject.config, subject.dataset, bench.device, many)
+        bench.compared(name, {"processes": rungs.processes(*made)}, trials=many)
+        _say_together(bench, name, many, ["processes"])
+
+    return run
+
+
+def _say_together(bench: Bench, name: str, many: int, ways: list[str]) -> None:
+    one = bench.rate(name, 1, GRAPH) or bench.rate(name, 1, EAGER)
+    for rung in ways:
+        rate = bench.rate(name, many, rung)
+        if one and rate and many > 1:
+            aim = AIMS[name].get("together") if many == AT_ONCE else None
+            wanted = f", {aim:g} wanted" if aim and bench.device.type == "cuda" else ""
+            print(f"({name}: {many} by {rung} {rate / one:.2f} times as fast as one{wanted})")
+
+
+def _dataloader(bench: Bench, name: str) -> None:
+    subject = bench.subject(name)
+    count = subject.batches_of(LOADER) * subject.config.train.batch_size
+    few = rungs.shortened(subject.dataset, count)
+    loaders = bench.options.loaders
+    bench.compared(name, {LOADER: rungs.textbook(subject.config, few, bench.device, loaders)})
+
+
+def _compiled(bench: Bench, name: str) -> None:
+    subject = bench.subject(name)
+    graph = "on" if bench.device.type == "cuda" else "off"
+    plain = rungs.changed(subject.config, graph=graph)
+    made = (subject.dataset, bench.device)
+    bench.compared(
+        name,
+        {
+            GRAPH if graph == "on" else EAGER: rungs.alone(plain, *made),
+            COMPILED: rungs.alone(rungs.changed(plain, compile="on"), *made),
+        },
+    )
 
 
 def _machine(device: torch.device) -> str:
@@ -214,6 +417,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=None)
     parser.add_argument("--loaders", type=int, default=2, help="processes of the DataLoader")
     parser.add_argument("--most-processes", type=int, default=None)
+    parser.add_argument("--minutes", type=float, default=None, help="begin nothing that ends later")
     parser.add_argument("--device", default=None, help="cuda or cpu")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="few models, trials and batches")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,9 @@ from sweeper.training.engine import Engine
 
 Rung = Callable[[], float]
 """Seconds of one call."""
+
+_PATIENCE_S = 120.0
+"""So long may a process take to start or to train, before it is taken to be lost."""
 
 
 def images(shape: DataShape, count: int, device: torch.device) -> Dataset:
@@ -60,33 +65,41 @@ def changed(config: TrialConfig, **train: Any) -> TrialConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
+def shortened(dataset: Dataset, count: int) -> Dataset:
+    """The first ``count`` training images."""
+    part = Part(images=dataset.train.images[:count], labels=dataset.train.labels[:count])
+    return replace(dataset, train=part)
+
+
+class _Pictures(TorchDataset[Any]):
+    """The training images as PIL has them, transformed one by one."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.pixels = dataset.train.images.permute(0, 2, 3, 1).cpu().numpy()
+        self.labels = dataset.train.labels.tolist()
+        channels = self.pixels.shape[-1]
+        self.transform = transforms.Compose(
+            [
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * channels, (0.25,) * channels),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        picture = Image.fromarray(np.squeeze(self.pixels[index]))
+        return self.transform(picture), self.labels[index]
+
+
 @contextlib.contextmanager
 def textbook(
     config: TrialConfig, dataset: Dataset, device: torch.device, loaders: int
 ) -> Iterator[Rung]:
     """A DataLoader over PIL images, torch's default Adam, float32, the loss read every step."""
-
-    class Pictures(TorchDataset[Any]):
-        def __init__(self) -> None:
-            self.pixels = dataset.train.images.permute(0, 2, 3, 1).cpu().numpy()
-            self.labels = dataset.train.labels.tolist()
-            channels = self.pixels.shape[-1]
-            self.transform = transforms.Compose(
-                [
-                    transforms.ToTensor(),
-                    transforms.Normalize((0.5,) * channels, (0.25,) * channels),
-                ]
-            )
-
-        def __len__(self) -> int:
-            return len(self.labels)
-
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            picture = Image.fromarray(np.squeeze(self.pixels[index]))
-            return self.transform(picture), self.labels[index]
-
     loader = DataLoader(
-        Pictures(),
+        _Pictures(dataset),
         batch_size=config.train.batch_size,
         shuffle=True,
         num_workers=loaders,
@@ -115,8 +128,16 @@ def alone(config: TrialConfig, dataset: Dataset, device: torch.device) -> Iterat
     engine = Engine(config, dataset=dataset, device=device)
     if config.train.compile != "off":
         print(f"(train.compile: {config.train.compile}: {engine.compiled})", flush=True)
-    yield lambda: engine.train(epoch=1, lr=1e-3, before_batch=_nothing).seconds
-    engine.drop_graph()
+
+    def run() -> float:
+        began = time.perf_counter()
+        engine.train(epoch=1, lr=1e-3, before_batch=_nothing)
+        return time.perf_counter() - began
+
+    try:
+        yield run
+    finally:
+        engine.drop_graph()
 
 
 @contextlib.contextmanager
@@ -128,11 +149,14 @@ def cohort(
     engine.arrange([engine.seat(changed(config, seed=seed)) for seed in range(trials)])
 
     def run() -> float:
-        passes = engine.train(epochs=[1] * trials, lrs=[1e-3] * trials, before_batch=_nothing)
-        return passes[0].seconds
+        began = time.perf_counter()
+        engine.train(epochs=[1] * trials, lrs=[1e-3] * trials, before_batch=_nothing)
+        return time.perf_counter() - began
 
-    yield run
-    engine.drop_graph()
+    try:
+        yield run
+    finally:
+        engine.drop_graph()
 
 
 @contextlib.contextmanager
@@ -159,21 +183,29 @@ def processes(
         context.Process(target=_process, args=(*work, begin, end, asked), daemon=True)
         for _ in range(trials)
     ]
-    for each in crew:
-        each.start()
-    begin.wait(600)  # all are ready
 
     def run() -> float:
         began = time.perf_counter()
-        begin.wait(600)
-        end.wait(600)
+        begin.wait(_PATIENCE_S)
+        end.wait(_PATIENCE_S)
         return time.perf_counter() - began
 
-    yield run
-    asked.value = 0
-    begin.wait(600)
-    for each in crew:
-        each.join()
+    try:
+        for each in crew:
+            each.start()
+        begin.wait(_PATIENCE_S)  # all are ready
+        yield run
+        asked.value = 0
+        begin.wait(_PATIENCE_S)
+    except threading.BrokenBarrierError as error:
+        raise RuntimeError("one of the processes failed, see above") from error
+    finally:
+        begin.abort()
+        end.abort()
+        for each in crew:
+            if each.pid is not None:
+                each.join(10)
+                each.kill()
 
 
 def _process(
@@ -181,15 +213,22 @@ def _process(
 ) -> None:
     torch.set_num_threads(1)
     parsed, place = TrialConfig.model_validate_json(config), torch.device(device)
-    with alone(parsed, images(shape, count, place), place) as run:
-        run()
-        begin.wait(600)
-        while True:
-            begin.wait(600)
-            if not asked.value:
-                return
+    try:
+        with alone(parsed, images(shape, count, place), place) as run:
             run()
-            end.wait(600)
+            begin.wait(_PATIENCE_S)
+            while True:
+                begin.wait()  # others may be timed meanwhile
+                if not asked.value:
+                    return
+                run()
+                end.wait(_PATIENCE_S)
+    except threading.BrokenBarrierError:  # another one failed, or the parent has had enough
+        return
+    except BaseException:
+        begin.abort()
+        end.abort()
+        raise
 
 
 def flops(config: TrialConfig, shape: DataShape) -> float:
