@@ -54,6 +54,11 @@ class Inputs:
         """True where the part was standardized once, False where every batch is."""
         return self._standardize is None
 
+    @property
+    def draws(self) -> bool:
+        """Whether a batch needs random numbers."""
+        return self._augment is not None
+
     def take(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
         """The images ``[B, C, H, W]`` and labels ``[B]`` of these positions."""
         images_BCHW = self._images_NCHW.index_select(0, index_B)

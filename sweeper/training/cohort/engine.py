@@ -285,6 +285,8 @@ class CohortEngine:
             self._totals.clear()
             self._rewind()
 
+        # Every one that is registered costs a replay two more launches (torch 2.11), drawn or not.
+        draws = self.inputs.draws or bool(self._noise.dropping)
         self._rewind()
         self._captured = program
         try:
@@ -292,7 +294,7 @@ class CohortEngine:
                 self._following,
                 undo=undo,
                 device=self._device,
-                generators=self._noise.generators,
+                generators=self._noise.generators if draws else (),
             )
             self.graph = "captured"
         except CaptureError as error:
