@@ -26,7 +26,8 @@ from sweeper.training.step import Step, Totals
 from sweeper.training.turns import Steps, driven, settled
 
 _CONVOLUTIONAL = frozenset({"cnn", "resnet18", "timm"})
-"""Families whose images and kernels are kept channels-last on CUDA, as its convolutions like it."""
+"""Families whose images and kernels are kept channels-last, as convolutions like it: cuDNN's, and
+on a CPU oneDNN's."""
 _CPU = torch.device("cpu")
 
 
@@ -61,9 +62,7 @@ class Engine:
         self._device = device
         self.precision = precision_of(train, device)
         self._memory_format = (
-            torch.channels_last
-            if device.type == "cuda" and config.model.name in _CONVOLUTIONAL
-            else torch.contiguous_format
+            torch.channels_last if config.model.name in _CONVOLUTIONAL else torch.contiguous_format
         )
         self._evaluation_batch = evaluation_batch(config.model, dataset.shape, device)
         self._step = self._assembled()
