@@ -12,7 +12,7 @@ from sweeper.report.blocks import Curves, Figure, Line
 from sweeper.report.collect import StudyData
 from sweeper.report.configurations import Configuration, setting
 from sweeper.report.drawing import OTHERS, colour, faint, layout, numbers, plain
-from sweeper.report.leaderboard import described
+from sweeper.report.leaderboard import described, published_name
 from sweeper.report.wording import metric_title, plural
 from sweeper.tracking.history import CURVES
 
@@ -35,7 +35,8 @@ class Curve:
 
 def curves(data: StudyData) -> list[Curve]:
     """One line a configuration, those to look at first: in the order of the studied factor's
-    values where there is one factor, else the best first."""
+    values where there is one factor, in that of published rows where nothing else was run, else
+    the best first."""
     ranked = data.ranked
     done = {config.key for config in ranked}
     rest = [config for config in data.found if config.key not in done]
@@ -46,7 +47,9 @@ def curves(data: StudyData) -> list[Curve]:
         highlighted = {config.key for config in lines}
     else:
         highlighted = {config.key for config in lines[:_HIGHLIGHTED]}
-    if one_factor:
+    if any(published_name(data, config) for config in lines):
+        lines.sort(key=lambda config: config.rows[0].number)
+    elif one_factor:
         lines.sort(key=lambda config: _position(data, config))
     return [
         Curve(
@@ -76,9 +79,12 @@ def _position(data: StudyData, config: Configuration) -> tuple[int, float, int]:
 
 
 def label(data: StudyData, config: Configuration) -> str:
-    """A configuration's name in a legend: its value of the factor, or its trial and values."""
+    """A configuration's name in a legend: its published row's, its value of the factor, or its
+    trial and values."""
     sizes = {len(each.rows) for each in data.found}
     seeds = f" ({plural(len(config.rows), 'seed')})" if len(sizes) > 1 else ""
+    if name := published_name(data, config):
+        return f"{name}{seeds}"
     if not data.factors:
         trials = len(config.rows)
         return f"trial {config.rows[0].number}" if trials == 1 else f"mean of {trials} trials"

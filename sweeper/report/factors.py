@@ -18,6 +18,9 @@ from sweeper.report.wording import metric_title, short_names, value
 _LOG_FROM: Final = 20
 """An axis whose largest value is so many times the smallest is logarithmic."""
 
+_NEXT_TO_NOTHING: Final = 0.01
+"""Costs that differ by no more than such a share are the same, as those of a normalisation are."""
+
 _LABEL_WIDTH: Final = 16
 _TICKS: Final = 12
 """So many values of the factor are written at their places; more would overlap."""
@@ -157,12 +160,13 @@ def _trade_off(
         if (cost := config.metric(metric))
         and (gain := config.metric(measure) if measure else config.objective())
     ]
-    if len({cost for cost, _, _ in points}) < 2:
+    costs = [cost for cost, _, _ in points]
+    if not costs or max(costs) - min(costs) <= _NEXT_TO_NOTHING * max(costs):
         return None
     axis = "seconds an epoch, training" if title == "seconds" else title
     reached = metric_title(measure or objective)
     drawn = layout(x=axis, y=reached)
-    if _wide_range([cost for cost, _, _ in points]):
+    if _wide_range(costs):
         drawn["xaxis"] |= {"type": "log"}
     return Figure(
         name=f"trade-off-{title}",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sweeper.report.collect import StudyData
-from sweeper.report.configurations import Configuration, setting
+from sweeper.report.configurations import Configuration, identity, resolved, setting
 from sweeper.report.reference import spread_cell
 from sweeper.report.tables import Cell, Column, Table
 from sweeper.report.wording import (
@@ -16,6 +16,7 @@ from sweeper.report.wording import (
     short_names,
     value,
 )
+from sweeper.study.spec import ReferenceOnly
 
 _METRICS: Final = (
     "max_train_accuracy",
@@ -115,6 +116,19 @@ def described(data: StudyData, config: Configuration) -> str:
     return ", ".join(
         f"{titles[path]} {setting_cell(data, config, path).text}" for path in data.factors
     )
+
+
+def published_name(data: StudyData, config: Configuration) -> str:
+    """What its published row calls a configuration, in a study of such rows and nothing else.
+
+    That is the row's note as far as its first semicolon: “+ dropout; train 0.85 to 0.88”.
+    """
+    spec = data.now.spec
+    if not isinstance(spec.search.sampler, ReferenceOnly) or len(data.found) < 2:
+        return ""
+    trials = spec.reference.trials if spec.reference else ()
+    notes = {identity(resolved(spec, trial.params), trial.params): trial.note for trial in trials}
+    return notes.get(config.key, "").partition(";")[0].strip()
 
 
 def _numeric(data: StudyData, found: Sequence[Configuration], path: str) -> bool:

@@ -29,6 +29,9 @@ from sweeper.report.wording import (
 from sweeper.study.spec import StudySpec
 
 NOT_RUN = "not run"
+_UNSAID = "test_accuracy"
+"""What is shown of rows that were published in words only."""
+
 _GAP = 0.02  # two points of accuracy: a gap that wants an explanation
 _GAP_SHARE = 0.1  # of other metrics, in parts of what was reported
 _MARKED = "Marked: differences of more than two points of accuracy, or a tenth otherwise."
@@ -69,7 +72,8 @@ class Compared:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
     """One published row. ``state``: ``measured``, what became of its trials instead, or
-    :data:`NOT_RUN`. ``numbers`` are the trials that count as it."""
+    :data:`NOT_RUN`. ``numbers`` are the trials that count as it, ``beside`` what they reached in
+    the metrics that the report gives of other rows, or in :data:`_UNSAID` where it gives none."""
 
     index: int
     params: Mapping[str, Any]
@@ -77,6 +81,7 @@ class Published:
     state: str
     numbers: tuple[int, ...]
     compared: Mapping[str, Compared]
+    beside: Mapping[str, Spread]
 
 
 def published(data: StudyData) -> list[Published]:
@@ -88,6 +93,7 @@ def published(data: StudyData) -> list[Published]:
     if spec.reference is None:
         return []
     known = {config.key: config for config in data.found}
+    names = {name for trial in spec.reference.trials for name in trial.reported} or {_UNSAID}
     result = []
     for index, trial in enumerate(spec.reference.trials):
         config = known.get(identity(resolved(spec, trial.params), trial.params))
@@ -105,6 +111,11 @@ def published(data: StudyData) -> list[Published]:
                         measured=config.metric(name) if config else None,
                     )
                     for name, figure in trial.reported.items()
+                },
+                beside={
+                    name: spread
+                    for name in sorted(names - trial.reported.keys())
+                    if config and (spread := config.metric(name)) is not None
                 },
             )
         )
@@ -174,6 +185,8 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
             Column(title="measured", group=group, hint="mean ± standard deviation over seeds"),
             Column(title="difference", group=group, hint="measured less reported"),
         ]
+    if not metrics:
+        columns.append(Column(title=f"{metric_title(_UNSAID)}, measured", hint=_UNSAID))
     columns.append(Column(title="trials", hint="the trials that were measured", numeric=False))
     if any(row.note for row in rows):
         columns.append(Column(title="note", numeric=False))
@@ -185,6 +198,8 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
             cells.append(Cell(text=value(found), value=_sortable(found)))
         for name in metrics:
             cells += _figures(row, name)
+        if not metrics:
+            cells.append(spread_cell(_UNSAID, row.beside.get(_UNSAID)))
         cells.append(_trials(row))
         if columns[-1].title == "note":
             cells.append(Cell(text=row.note))
@@ -211,7 +226,8 @@ def _figures(row: Published, name: str) -> list[Cell]:
     """Reported, measured, difference."""
     compared = row.compared.get(name)
     if compared is None:
-        return [Cell(text=value(None), tone="muted")] * 3
+        nothing = Cell(text=value(None), tone="muted")
+        return [nothing, spread_cell(name, row.beside.get(name)), nothing]
     reported = Cell(text=metric(name, compared.reported), value=compared.reported)
     if compared.measured is None:
         state = row.state if row.state != "measured" else "not measured"

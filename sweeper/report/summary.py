@@ -8,7 +8,7 @@ from typing import Any, Final
 from sweeper.report.blocks import Facts, Tile
 from sweeper.report.collect import StudyData, device_seconds, wall_seconds
 from sweeper.report.configurations import Configuration, setting
-from sweeper.report.leaderboard import REPEATED, described
+from sweeper.report.leaderboard import REPEATED, described, published_name
 from sweeper.report.wording import (
     duration,
     last_line,
@@ -60,6 +60,8 @@ def _named(data: StudyData, config: Configuration) -> str:
         title = short_names([path])[path]
         return f"{title[:1].upper()}{title[1:]} {value(found)}"
     trial = f"Trial {config.complete[0].number}"
+    if name := published_name(data, config):
+        return f"{trial} ({name})"
     if not 0 < len(data.factors) <= _IN_HEADLINE:
         return trial
     return f"{trial} ({described(data, config)})"

@@ -13,6 +13,7 @@ from report.conftest import HOSTILE, Home, made, row
 
 from sweeper.report.curves import curves, curves_block
 from sweeper.report.drawing import embedded, figure_data
+from sweeper.report.factors import factor_figures
 from sweeper.report.figures import optuna_figures
 from sweeper.report.timeline import timeline
 from sweeper.store import held, open_store, queue, standing, studies, tickets
@@ -156,6 +157,52 @@ def test_many_trials_are_grey_but_for_the_best(trials: int, coloured: int) -> No
     (figure,) = block.figures  # the store knows the objective only
     assert figure.title == "validation accuracy"
     assert len(figure.spec["data"]) == trials
+
+
+def test_lines_of_published_rows_are_called_what_the_report_calls_them() -> None:
+    """In the order in which it lists them; where something else is searched, by their values."""
+    rows = [
+        row(number, params={"optimizer.lr": lr}, accuracy=lr, history={1: 0.1, 2: lr})
+        for number, lr in enumerate((0.25, 0.5))
+    ]
+    sections: dict[str, Any] = {
+        "reference": {
+            "source": "R1",
+            "trials": [
+                {"params": {"optimizer.lr": 0.25}, "note": "baseline; overfits"},
+                {"params": {"optimizer.lr": 0.5}, "note": "+ a larger rate; 0.5 to 0.6"},
+            ],
+        }
+    }
+    stepwise = made(*rows, search={"sampler": "reference"}, **sections)
+    assert [line.label for line in curves(stepwise)] == ["baseline", "+ a larger rate"]
+    grid = made(
+        *rows,
+        search={"sampler": "grid"},
+        parameters={"optimizer.lr": [0.25, 0.5]},
+        **sections,
+    )
+    assert [line.label for line in curves(grid)] == ["lr 0.25", "lr 0.5"]
+
+
+def test_sizes_that_hardly_differ_are_no_figure() -> None:
+    def named(largest: int) -> list[str]:
+        data = made(
+            *(
+                row(
+                    number,
+                    params={"optimizer.lr": lr, "train.batch_size": 10 + number},
+                    accuracy=lr,
+                    model_parameters=size,
+                )
+                for number, (lr, size) in enumerate(((0.25, 1_191_170), (0.5, largest)))
+            ),
+            parameters={"optimizer.lr": [0.25, 0.5], "train.batch_size": [10, 11]},
+        )
+        return [figure.name for figure in factor_figures(data)]
+
+    assert named(1_191_490) == []
+    assert named(2_000_000) == ["trade-off-parameters"]
 
 
 def test_values_that_are_not_finite_leave_a_gap() -> None:

@@ -94,6 +94,37 @@ def test_columns_are_what_the_rows_differ_in_and_each_metric_three_times() -> No
     ]
 
 
+def test_a_row_without_a_figure_shows_what_was_measured_beside_those_that_have_one() -> None:
+    first, second = told(
+        row(0, params={"optimizer.lr": 0.1}, accuracy=0.5),
+        row(1, params={"optimizer.lr": 0.2}, accuracy=0.625),
+        parameters={"optimizer.lr": [0.1, 0.2]},
+        reference=reference(
+            {"params": {"optimizer.lr": 0.1}, "reported": {"test_accuracy": 0.5}},
+            {"params": {"optimizer.lr": 0.2}, "note": "the best"},
+        ),
+    )
+    assert first[2:5] == ["0.5000", "0.5000", "±0.0000"]
+    assert second[2:5] == ["–", "0.6250", "–"]
+
+
+def test_rows_published_in_words_have_their_test_accuracy_beside_the_words() -> None:
+    sections: dict[str, Any] = {
+        "parameters": {"optimizer.lr": [0.1, 0.2]},
+        "reference": reference(
+            {"params": {"optimizer.lr": 0.1}, "note": "best"},
+            {"params": {"optimizer.lr": 0.2}, "note": "slower"},
+        ),
+    }
+    data = made(row(0, params={"optimizer.lr": 0.1}, accuracy=0.625), **sections)
+    table = reference_table(data, published(data))
+    assert [column.title for column in table.columns] == [
+        "#", "lr", "test accuracy, measured", "trials", "note",
+    ]  # fmt: skip
+    assert [cell.text for cell in table.rows[0]] == ["1", "0.1", "0.6250", "0", "best"]
+    assert [cell.text for cell in table.rows[1]] == ["2", "0.2", "–", "not run", "slower"]
+
+
 @pytest.mark.parametrize(("epochs", "said"), [(12, "12 epochs"), (20, "the epochs of each row")])
 def test_the_table_says_after_how_many_epochs_its_rows_were_measured(
     epochs: int, said: str
