@@ -86,7 +86,7 @@ def launch(
 
 
 def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
-    from sweeper.cli.planning import print_plan, public, summary_line, survey
+    from sweeper.cli.planning import print_plan, public, summary_line, survey, total_line
     from sweeper.cli.printing import print_json
 
     surveys = (survey(spec, with_reference=reference) for spec in specs)
@@ -96,9 +96,12 @@ def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
     elif len(specs) == 1:
         print_plan(next(surveys))
     else:
+        done = []
         for surveyed in surveys:  # timing a model takes seconds: each is shown as it is known
             sys.stdout.write(summary_line(surveyed) + "\n")
             sys.stdout.flush()
+            done.append(surveyed)
+        sys.stdout.write(total_line(done) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sweeper.cli.printing import duration, out, text
 from sweeper.config import TrialConfig, shape_of
+from sweeper.report.wording import plural
 from sweeper.space import Range, Values, ordered
 from sweeper.study.plan import plan
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
@@ -158,10 +159,21 @@ def _condition(when: Mapping[str, tuple[Any, ...]]) -> str:
 
 def summary_line(surveyed: Survey) -> str:
     """A study in one line, for a list of several."""
-    return (
-        f"{surveyed.spec.name}: {surveyed.trials} trials, "
-        f"about {duration(surveyed.seconds)} with {surveyed.workers} workers"
-    )
+    return f"{surveyed.spec.name}: {plural(surveyed.trials, 'trial')}, {_time_said(surveyed)}"
+
+
+def total_line(surveys: Sequence[Survey]) -> str:
+    """What a list of several comes to, one study after the other."""
+    known = [each.seconds for each in surveys if each.seconds is not None]
+    trials = plural(sum(each.trials for each in surveys), "trial")
+    return f"{plural(len(surveys), 'study', 'studies')}: {trials}, about {duration(sum(known))}"
+
+
+def _time_said(surveyed: Survey) -> str:
+    workers = f"with {plural(surveyed.workers, 'worker')}"
+    if surveyed.seconds is None:
+        return f"time unknown, {workers}"
+    return f"about {duration(surveyed.seconds)} {workers}"
 
 
 def print_plan(surveyed: Survey) -> None:
@@ -172,13 +184,12 @@ def print_plan(surveyed: Survey) -> None:
         type(spec.search.sampler), f"trials by {spec.search.sampler.name}"
     )
     extra = f", {surveyed.reference_trials} of them published" if surveyed.reference_trials else ""
-    console.print(f"  {surveyed.trials} {kind}{extra}, {spec.train.epochs} epochs each")
+    epochs = plural(spec.train.epochs, "epoch")
+    console.print(f"  {surveyed.trials} {kind}{extra}, {epochs} each")
     if surveyed.smallest is not None and surveyed.largest is not None:
         sizes = [f"{size:,}" for size in sorted({surveyed.smallest, surveyed.largest})]
         console.print(f"  models of {' to '.join(sizes)} parameters")
-    console.print(
-        f"  about {duration(surveyed.seconds)} with {surveyed.workers} workers on this machine"
-    )
+    console.print(f"  {_time_said(surveyed)} on this machine")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("parameter", "values", "when"):
         table.add_column(column)

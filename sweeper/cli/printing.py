@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from sweeper.cli.plain import plain
+from sweeper.report.wording import value as worded
 from sweeper.store import TrialRow
 from sweeper.study.spec import StudySpec
 
@@ -139,7 +140,7 @@ def trial_table(spec: StudySpec, rows: Sequence[TrialRow], title: str) -> Table:
             f"[{STATE_STYLE[row.state]}]{state}[/]",
             number(value),
             number(row.metrics.get("test_accuracy")),
-            *(text(row.params[path]) if path in row.params else "" for path in paths),
+            *(escape(worded(row.params[path])) if path in row.params else "" for path in paths),
             duration(row.seconds),
         )
     return table

@@ -265,7 +265,8 @@ def _trials(row: Published) -> Cell:
 
 
 def _numeric(rows: list[Published], path: str) -> bool:
-    return all(isinstance(row.params.get(path, 0), int | float) for row in rows)
+    found = [row.params.get(path, 0) for row in rows]
+    return all(isinstance(each, int | float) and not isinstance(each, bool) for each in found)
 
 
 def _sortable(found: Any) -> float | str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Sweeper
+from report.conftest import made, row
+from rich.console import Console
+
+from sweeper.cli.printing import trial_table
 
 SIX = """\
 name: broken
@@ -86,8 +91,30 @@ def test_the_mixer_of_report_r4_has_the_reports_size(
 def test_dry_run_lists_several_studies_and_runs_none(sweeper: Sweeper) -> None:
     first, second = sweeper.write(), sweeper.write("other.yaml", name="other")
     lines = sweeper.run("launch", first, second, "--dry-run").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["small", "other"]
+    assert [line.split(":")[0] for line in lines] == ["small", "other", "2 studies"]
+    assert "3 trials, about" in lines[0]
+    assert lines[2].startswith("2 studies: 6 trials, about ")
     assert not (sweeper.folder / ".sweeper").exists()
+
+
+def test_one_trial_of_unknown_length_is_said_so(sweeper: Sweeper) -> None:
+    file = sweeper.write(
+        data={"name": "circles"}, model={"name": "svm"}, parameters={}, search={"trials": 1},
+        train={"epochs": 1},
+    )  # fmt: skip
+    lines = sweeper.run("launch", file, sweeper.write("b.yaml", name="b"), "--dry-run").splitlines()
+    assert lines[0] == "small: 1 trial, time unknown, with 1 worker"
+
+
+def test_trials_are_listed_in_words_not_in_json() -> None:
+    augment = [{"name": "crop", "size": 28, "padding": 0}, "flip"]
+    schedule = {"name": "exponential", "gamma": 0.9}
+    data = made(row(0, params={"data.augment": augment, "optimizer.schedule": schedule}))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(trial_table(data.now.spec, data.now.rows, "t"))
+    said = console.export_text()
+    assert "crop (size 28, padding 0) + flip" in said
+    assert "exponential (gamma 0.9)" in said
 
 
 def test_init_writes_a_file_that_is_valid_and_never_overwrites(sweeper: Sweeper) -> None:
