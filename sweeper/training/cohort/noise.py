@@ -41,14 +41,13 @@ class MaskedDropout(nn.Module):
         return x * self.mask if self.training and self.drops else x
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
-    """A dropout layer, with what it is given for a batch of one size."""
+    """A dropout layer, and ones in the shape and strides of what it is given for a batch of one
+    size."""
 
     name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    ones: Tensor
 
 
 def rates_of(model: nn.Module) -> dict[str, float]:
@@ -112,24 +111,17 @@ class Noise:
     def masks(self, batch: int) -> dict[str, Tensor]:
         """Draw the masks [K, …] of the next batch; ask :meth:`prepare` for its size before."""
         dropping = self.dropping
-        if not dropping:
-            return {}
-        slots, masks = len(self._rates), {}
-        for site in self._sites[batch]:
-            if site.name in dropping:
-                extent = 1 + sum((n - 1) * s for n, s in zip(site.shape, site.stride, strict=True))
-                masks[f"{site.name}.mask"] = torch.empty_strided(
-                    (slots, *site.shape),
-                    (extent, *site.stride),
-                    dtype=site.dtype,
-                    device=self._device,
-                )
-        for k, generator in enumerate(self.generators):
-            for site in self._sites[batch]:
-                if site.name in dropping:
-                    mask = masks[f"{site.name}.mask"][k]
-                    _draw(mask, self._rates[k].get(site.name, 0.0), generator)
-        return masks
+        slots = list(zip(self._rates, self.generators, strict=True))
+        return {
+            f"{site.name}.mask": torch.stack(
+                [
+                    _drawn(site.ones, rates.get(site.name, 0.0), generator)
+                    for rates, generator in slots
+                ]
+            )
+            for site in (self._sites[batch] if dropping else ())
+            if site.name in dropping
+        }
 
     @torch.no_grad()
     def _found(self, x_BCHW: Tensor) -> list[Site]:
@@ -137,15 +129,7 @@ class Noise:
 
         def look(name: str) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                noise = torch.empty_like(inputs[0])
-                sites.append(
-                    Site(
-                        name=name,
-                        shape=tuple(noise.shape),
-                        stride=noise.stride(),
-                        dtype=noise.dtype,
-                    )
-                )
+                sites.append(Site(name=name, ones=torch.ones_like(inputs[0])))
 
             return hook
 
@@ -159,16 +143,14 @@ class Noise:
         return sites
 
 
-def _draw(mask: Tensor, rate: float, generator: torch.Generator) -> None:
+def _drawn(ones: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """What ``nn.Dropout`` of this rate would multiply by, drawn as it draws.
 
     A rate of zero draws nothing. On CUDA dropout is one kernel with a layout of its own, and this
     is the same kernel with a generator to choose.
     """
     if rate == 0:
-        mask.fill_(1)
-    elif mask.is_cuda:
-        dropped, _ = torch._fused_dropout(torch.ones_like(mask), 1 - rate, generator)
-        mask.copy_(dropped)
-    else:
-        mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+        return ones
+    if ones.is_cuda:
+        return torch._fused_dropout(ones, 1 - rate, generator)[0]
+    return torch.empty_like(ones).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
