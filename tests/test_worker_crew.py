@@ -284,3 +284,21 @@ def test_memory_too_small_for_a_capture_is_memory_too_small() -> None:
 
     assert out_of_memory(failed(torch.OutOfMemoryError("no room")))
     assert not out_of_memory(failed(ValueError("something else")))
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [(torch.OutOfMemoryError("no room"), "out_of_memory"), (ValueError("it waits"), "invalid")],
+)
+def test_a_step_that_cannot_be_captured_is_the_end_of_its_trial_only(
+    reason: Exception, outcome: str, bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object, **__: object) -> None:
+        raise CaptureError("the training step cannot be captured") from reason
+
+    monkeypatch.setattr("sweeper.training.prepare", prepare)
+    found = bench(
+        resources={"cohort": 1}, search={"trials": 2}, faults={"on_out_of_memory": "fail"}
+    )
+    found.worker.run()
+    assert {row.outcome for row in found.now.rows} == {outcome}

@@ -30,10 +30,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sweeper.errors import SweeperError
+from sweeper.errors import UsageError
 
 
-class CaptureError(SweeperError):
+class CaptureError(UsageError):
     """The training step cannot be captured as a CUDA graph."""
 
 

@@ -173,7 +173,10 @@ class Worker:
             attempt.give_back()
             raise
         except (UsageError, ValidationError) as error:
-            attempt.fail(Outcome.INVALID, str(error))
+            if out_of_memory(error):  # while a step was captured
+                self.run_out_of_memory(attempt, traceback.format_exc())
+            else:
+                attempt.fail(Outcome.INVALID, str(error))
         except SweeperError:
             attempt.give_back()
             raise
