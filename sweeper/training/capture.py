@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from sweeper.errors import UsageError
+from sweeper.training.device import noise_generator
 
 
 class CaptureError(UsageError):
@@ -55,6 +56,7 @@ class CapturedStep:
         generators: Sequence[torch.Generator] = (),
     ) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._pool = torch.cuda.graph_pool_handle()
         for generator in generators:
             self._graph.register_generator_state(generator)
         current = torch.cuda.current_stream(device)
@@ -64,6 +66,7 @@ class CapturedStep:
         except RuntimeError as error:  # torch's CUDA errors, out of memory included, derive from it
             torch.cuda.set_stream(current)  # which a capture that fails does not put back
             torch.cuda.synchronize(device)
+            self._leave_capture(device, generators)
             undo()
             raise CaptureError(
                 f"the training step cannot be captured: {_first_reason(error)}"
@@ -76,7 +79,9 @@ class CapturedStep:
         current = torch.cuda.current_stream()
         own = None if current == torch.cuda.default_stream() else current
         # thread_local: other threads (heartbeat, tracker) stay free to do as they like.
-        capturing = torch.cuda.graph(self._graph, stream=own, capture_error_mode="thread_local")
+        capturing = torch.cuda.graph(
+            self._graph, pool=self._pool, stream=own, capture_error_mode="thread_local"
+        )
         stream = capturing.capture_stream
         if stream is None:
             raise CaptureError("torch has no stream to capture on")
@@ -92,6 +97,17 @@ class CapturedStep:
         # A collected cycle could free CUDA memory or another graph in the middle of a capture.
         with _no_garbage_collection(), capturing:
             step()
+
+    def _leave_capture(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        """Tell torch that there is no capture any more.
+
+        Until 2.11 it does not notice where a capture cannot even be ended: ``empty_cache`` would
+        fail from then on, and generators would refuse to draw.
+        """
+        with contextlib.suppress(RuntimeError):  # it has noticed
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
+        for generator in (noise_generator(device), *generators):
+            generator.graphsafe_set_state(generator.clone_state())
 
     def replay(self) -> None:
         """Queue one step; returns at once."""

@@ -107,6 +107,8 @@ def own_noise(generator: torch.Generator) -> Iterator[None]:
         try:
             yield
         finally:
+            # another one where a capture has failed (`sweeper.training.capture`)
+            generator.graphsafe_set_state(default.graphsafe_get_state())
             default.graphsafe_set_state(before)
         return
     saved = default.get_state()

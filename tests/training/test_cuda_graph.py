@@ -8,6 +8,7 @@ powers of two, which the tensor of a captured optimizer holds exactly.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sweeper.config import DataShape, TrialConfig
 from sweeper.config.optimizer import OptimizerName
 from sweeper.data import Dataset
 from sweeper.training import CaptureError, best_device, estimate_s, prepare
-from sweeper.training.capture import _waiting_forbidden
+from sweeper.training.capture import CapturedStep, _waiting_forbidden
 from sweeper.training.loop import NetworkTraining
 from sweeper.training.turns import driven
 
@@ -281,3 +283,28 @@ def test_time_is_estimated_with_the_graph(make_config: MakeConfig) -> None:
     seconds = estimate_s(config, device=torch.device("cuda"))
     assert seconds is not None
     assert 0.01 < seconds < 100
+
+
+def test_a_capture_that_breaks_half_way_leaves_the_device_as_it_was() -> None:
+    """Not even ended properly, which is what older versions of torch do not get over."""
+    device, calls = best_device(), itertools.count()
+    x = torch.ones(1000, device=device)
+
+    def step() -> None:
+        x.copy_(functional.dropout(torch.ones_like(x)))
+        if next(calls) == 3:  # three come before
+            torch.cuda.synchronize()
+
+    def undo() -> None:
+        x.fill_(1)
+
+    with pytest.raises(CaptureError, match="captur"):
+        CapturedStep(step, undo=undo, device=device)
+    assert torch.equal(x, torch.ones_like(x))
+    torch.cuda.empty_cache()
+    step()
+    assert set(x.unique().tolist()) == {0.0, 2.0}
+    again = CapturedStep(step, undo=undo, device=device)
+    again.replay()
+    assert set(x.unique().tolist()) == {0.0, 2.0}
+    again.close()
