@@ -19,6 +19,9 @@ from sweeper.tracking.history import CURVES
 _ALL_COLOURED: Final = 10
 _HIGHLIGHTED: Final = 8
 _MARKED_UP_TO: Final = 15
+_STRETCH: Final = 2
+"""Grey lines may make a figure of losses so much higher than its coloured ones."""
+_CUT: Final = "A grey line may leave a figure of losses; a double click shows all of it."
 _NAMED_BY_VALUES: Final = 3
 _LINES_AT_MOST: Final = 200
 
@@ -130,23 +133,21 @@ def curves_block(lines: Sequence[Curve], name: str = "curves", caption: str = ""
     keys = {id(curve): f"line{index}" for index, curve in enumerate(coloured)}
     # Grey lines first, so that those to look at lie above them.
     order = sorted(lines, key=lambda curve: curve.highlighted)
-    return Curves(
-        name=name,
-        legend=tuple(legend),
-        caption=caption,
-        figures=tuple(
-            Figure(
-                name=f"{name}-{metric.replace('_', '-')}",
-                title=metric_title(metric)
-                .replace("train", "training", 1)
-                .replace("val ", "validation ", 1),
-                caption="",
-                spec=_figure(order, metric, keys, colours),
-                height_px=300,
-            )
-            for metric in metrics
-        ),
+    figures = tuple(
+        Figure(
+            name=f"{name}-{metric.replace('_', '-')}",
+            title=metric_title(metric)
+            .replace("train", "training", 1)
+            .replace("val ", "validation ", 1),
+            caption="",
+            spec=_figure(order, metric, keys, colours),
+            height_px=300,
+        )
+        for metric in metrics
     )
+    if any("range" in figure.spec["layout"]["yaxis"] for figure in figures):
+        caption = f"{caption} {_CUT}".strip()
+    return Curves(name=name, legend=tuple(legend), caption=caption, figures=figures)
 
 
 def _figure(
@@ -166,7 +167,26 @@ def _figure(
     last = max((epoch for curve in lines for epoch in curve.series.get(metric, ())), default=0)
     if last <= _MARKED_UP_TO:
         drawn["xaxis"] |= {"dtick": 1}  # no half epochs
+    if metric.endswith("loss") and (span := _span(lines, metric)):
+        drawn["yaxis"] |= {"range": span}
     return {"data": traces, "layout": drawn}
+
+
+def _span(lines: Sequence[Curve], metric: str) -> list[float] | None:
+    """From where to where the losses to look at lie, where grey ones would press them flat."""
+
+    def values(found: Sequence[Curve]) -> list[float]:
+        return [statistics.fmean(each) for curve in found for each in curve.series[metric].values()]
+
+    known = [curve for curve in lines if curve.series.get(metric)]
+    shown = values([curve for curve in known if curve.highlighted])
+    if not shown:
+        return None
+    low, high = min(shown), max(shown)
+    if max(values(known)) <= high + _STRETCH * (high - low):
+        return None
+    room = 0.1 * (high - low)
+    return [max(low - room, 0.5 * low), high + room]
 
 
 def _line(

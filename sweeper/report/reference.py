@@ -140,7 +140,10 @@ def verdict(rows: list[Published], length: str = "") -> str:
     """
     done = [row for row in rows if row.state == "measured"]
     if not done:
-        return f"None of {plural(len(rows), 'published row')} has been measured yet."
+        none = f"None of {plural(len(rows), 'published row')} has been"
+        if all(row.state == NOT_RUN for row in rows):
+            return f"{none} run; launch --reference runs them."
+        return f"{none} measured yet."
     said = f"{len(done)} of {plural(len(rows), 'published row')} measured"
     said += f" after {length}" if length else ""
     for name in _order(rows):
@@ -210,7 +213,9 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note=f"{_MARKED} Measured after {length(spec, rows)}.",
+        note=f"{_MARKED} Measured after {length(spec, rows)}."
+        if any(row.state == "measured" for row in rows)
+        else "",
         open_rows=40,
     )
 

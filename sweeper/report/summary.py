@@ -124,7 +124,9 @@ def asked(data: StudyData) -> Facts:
         facts.append(("searched", tuple(spaces)))
     facts.append(("how", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
     for name in ("data", "model", "optimizer", "train"):
-        facts.append((name, (_section(sections[name], prefix=name, skip=set(spec.parameters)),)))
+        said = _section(sections[name], prefix=name, skip=set(spec.parameters))
+        searched = any(path.startswith(f"{name}.") for path in spec.parameters)
+        facts.append((name, (said or ("all of it is searched" if searched else "defaults"),)))
     if spec.reference is not None:
         many = plural(len(spec.reference.trials), "row")
         facts.append(("published", (f"{spec.reference.source}, {many}",)))
@@ -169,7 +171,7 @@ def _section(section: Mapping[str, Any], *, prefix: str, skip: set[str]) -> str:
             text = value(each) if key == "name" else f"{title} {value(each)}"
         if text:
             parts.append(text)
-    return ", ".join(parts) or "all of it is searched"
+    return ", ".join(parts)
 
 
 def best_configuration(data: StudyData) -> Facts | None:

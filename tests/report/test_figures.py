@@ -11,7 +11,7 @@ import optuna
 import pytest
 from report.conftest import HOSTILE, Home, made, row
 
-from sweeper.report.curves import curves, curves_block
+from sweeper.report.curves import Curve, curves, curves_block
 from sweeper.report.drawing import embedded, figure_data
 from sweeper.report.factors import factor_figures
 from sweeper.report.figures import optuna_figures
@@ -203,6 +203,26 @@ def test_sizes_that_hardly_differ_are_no_figure() -> None:
 
     assert named(1_191_490) == []
     assert named(2_000_000) == ["trade-off-parameters"]
+
+
+def test_a_diverged_grey_line_does_not_press_the_others_flat() -> None:
+    def drawn(worst: float) -> tuple[dict[str, Any], str]:
+        lines = [
+            Curve(label="a", hint="a", series={"val_loss": {1: [2.0], 2: [1.0]}}),
+            Curve(
+                label="b", hint="b", series={"val_loss": {1: [2.0], 2: [worst]}}, highlighted=False
+            ),
+        ]
+        block = curves_block(lines)
+        assert block is not None
+        return block.figures[0].spec["layout"]["yaxis"], block.caption
+
+    axis, caption = drawn(20.0)
+    assert axis["range"] == pytest.approx([0.9, 2.1])
+    assert "double click" in caption
+    axis, caption = drawn(3.0)
+    assert "range" not in axis
+    assert caption == ""
 
 
 def test_values_that_are_not_finite_leave_a_gap() -> None:

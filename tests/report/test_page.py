@@ -19,6 +19,7 @@ from sweeper.report import study_page
 from sweeper.report.collect import StudyData
 from sweeper.report.compare import write_comparison
 from sweeper.report.render import render
+from sweeper.report.summary import asked
 from sweeper.report.write import comparison_name, write_files, write_report
 from sweeper.settings import Settings
 
@@ -196,6 +197,14 @@ def test_the_timeline_has_a_lane_a_worker_and_the_state_of_every_attempt(
     assert {bar["name"] for bar in bars} == {"complete", "failed"}
     assert {lane for bar in bars for lane in bar["y"]} == {"worker &lt;1&gt;"}
     assert sum(len(bar["x"]) for bar in bars) == 6
+
+
+def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched() -> None:
+    said = dict(asked(made(row(0, accuracy=0.5))).facts)
+    assert said["optimizer"] == ("defaults",)
+    parameters = {"optimizer.lr": [0.1, 0.2]}
+    said = dict(asked(made(row(0, accuracy=0.5), parameters=parameters)).facts)
+    assert said["optimizer"] == ("all of it is searched",)
 
 
 def test_numbers_have_an_origin(page: Callable[..., Outline]) -> None:

@@ -130,10 +130,11 @@ def test_the_table_says_after_how_many_epochs_its_rows_were_measured(
     epochs: int, said: str
 ) -> None:
     data = made(
+        row(0, params={"train.epochs": 12}, accuracy=0.7),
         reference=reference(
             {"params": {"train.epochs": 12}, "reported": {"test_accuracy": 0.8}},
             {"params": {"train.epochs": epochs}, "reported": {"test_accuracy": 0.8}},
-        )
+        ),
     )
     assert reference_table(data, published(data)).note.endswith(f"Measured after {said}.")
 
@@ -178,7 +179,12 @@ def test_the_verdict_is_one_sentence() -> None:
         ),
     }
     none = made(**sections)
-    assert verdict(published(none)) == "None of 3 published rows has been measured yet."
+    assert verdict(published(none)) == (
+        "None of 3 published rows has been run; launch --reference runs them."
+    )
+    assert "Measured after" not in reference_table(none, published(none)).note
+    begun = made(row(0, params={"optimizer.lr": 0.1}, state="running"), **sections)
+    assert verdict(published(begun)) == "None of 3 published rows has been measured yet."
     two = made(
         row(0, params={"optimizer.lr": 0.1}, accuracy=0.48),
         row(1, params={"optimizer.lr": 0.2}, accuracy=0.51),
