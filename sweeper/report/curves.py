@@ -21,7 +21,9 @@ _HIGHLIGHTED: Final = 8
 _MARKED_UP_TO: Final = 15
 _STRETCH: Final = 2
 """Grey lines may make a figure of losses so much higher than its coloured ones."""
-_CUT: Final = "A grey line may leave a figure of losses; a double click shows all of it."
+_DIVERGED: Final = 20
+"""A loss so many times the highest of the better half of the lines is no measurement to compare."""
+_CUT: Final = "A line that diverged leaves its figure of losses; a double click shows all of it."
 _NAMED_BY_VALUES: Final = 3
 _LINES_AT_MOST: Final = 200
 
@@ -173,20 +175,30 @@ def _figure(
 
 
 def _span(lines: Sequence[Curve], metric: str) -> list[float] | None:
-    """From where to where the losses to look at lie, where grey ones would press them flat."""
+    """From where to where the losses to look at lie, where others would press them flat.
 
-    def values(found: Sequence[Curve]) -> list[float]:
-        return [statistics.fmean(each) for curve in found for each in curve.series[metric].values()]
-
+    Others are grey lines, and coloured ones that diverged: a studied value that merely learns
+    nothing stays in the figure.
+    """
     known = [curve for curve in lines if curve.series.get(metric)]
-    shown = values([curve for curve in known if curve.highlighted])
-    if not shown:
+    coloured = sorted(
+        (_means(curve, metric) for curve in known if curve.highlighted),
+        key=min,
+    )
+    if not coloured:
         return None
+    half = coloured[: (len(coloured) + 1) // 2]
+    most = _DIVERGED * max(map(max, half))
+    shown = [value for values in coloured for value in values if value <= most]
     low, high = min(shown), max(shown)
-    if max(values(known)) <= high + _STRETCH * (high - low):
+    if max(max(_means(curve, metric)) for curve in known) <= high + _STRETCH * (high - low):
         return None
     room = 0.1 * (high - low)
     return [max(low - room, 0.5 * low), high + room]
+
+
+def _means(curve: Curve, metric: str) -> list[float]:
+    return [statistics.fmean(values) for values in curve.series[metric].values()]
 
 
 def _line(

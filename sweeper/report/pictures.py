@@ -26,6 +26,7 @@ Pixels = NDArray[np.float32]
 _WIDTH_PX: Final = 640
 _HEIGHT_PX: Final = 520
 _TIMES_AT_MOST: Final = 24
+_POSITION_PX: Final = 8
 _KERNELS_AT_MOST: Final = 64
 _UNITS_AT_MOST: Final = 1024
 _LEAST_PIXELS: Final = 9
@@ -142,7 +143,12 @@ def _positions(arrays: Mapping[str, Pixels], model: Vit, shape: DataShape | None
 def _encoding(encoding_TD: Pixels, whose: str) -> Picture:
     positions, width = encoding_TD.shape
     said = f"{whose} {positions} positions × {width}"
-    return picture(scaled(encoding_TD.T[None]), f"position encoding, {said}", said)
+    return picture(
+        scaled(encoding_TD.T[None]),
+        f"position encoding, {said}",
+        said,
+        width_px=min(_WIDTH_PX, _POSITION_PX * positions),  # of two positions no tall tower
+    )
 
 
 def scaled(picture_CHW: Pixels) -> Pixels:

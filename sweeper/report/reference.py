@@ -213,11 +213,16 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
         caption=f"Reported in {source}, and measured here",
         columns=tuple(columns),
         rows=tuple(body),
-        note=f"{_MARKED} Measured after {length(spec, rows)}."
-        if any(row.state == "measured" for row in rows)
-        else "",
+        note=_note(spec, rows),
         open_rows=40,
     )
+
+
+def _note(spec: StudySpec, rows: list[Published]) -> str:
+    """What the table's marks mean, and how long was trained, as far as there are any."""
+    done = [row for row in rows if row.state == "measured"]
+    marked = [_MARKED] if any(row.compared for row in done) else []
+    return " ".join([*marked, *([f"Measured after {length(spec, rows)}."] if done else [])])
 
 
 def length(spec: StudySpec, rows: list[Published]) -> str:

@@ -57,7 +57,7 @@ def number(value: float | None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return minus(f"{value:.3g}")
+        return minus(plain(value, digits=3))
     return minus(f"{value:.4f}")
 
 
@@ -116,10 +116,10 @@ def value(setting: Any) -> str:
     return json.dumps(setting, ensure_ascii=False)
 
 
-def plain(setting: float) -> str:
+def plain(setting: float, *, digits: int = 4) -> str:
     """A very small or large number as people write it: ``2.5e-05`` is ``2.5e-5``."""
-    digits, _, exponent = f"{setting:.4g}".partition("e")
-    return f"{digits}e{int(exponent)}" if exponent else digits
+    shown, _, exponent = f"{setting:.{digits}g}".partition("e")
+    return f"{shown}e{int(exponent)}" if exponent else shown
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

@@ -168,6 +168,18 @@ def test_the_log_switches_turn_the_losses_axes(opened: Open) -> None:
     assert [x for x, _ in page.execute_script(axes)] == ["log"] * 4
 
 
+def test_an_axis_keeps_its_range_when_a_line_is_hidden(opened: Open) -> None:
+    """Losses of lines that diverged are cut by a range, which must outlive the first click."""
+    page = opened("factor")
+    chart = "document.getElementById('curves-train-loss')"
+    page.execute_script(f"return Plotly.relayout({chart}, {{'yaxis.range': [0.5, 3]}})")
+    page.find_element("css selector", "[data-line=line0]").click()
+    assert page.execute_script(f"return {chart}.layout.yaxis.range") == [0.5, 3]
+    page.find_element("css selector", "[data-axis=y]").click()
+    low, high = page.execute_script(f"return {chart}.layout.yaxis.range")
+    assert (10**low, 10**high) == pytest.approx((0.5, 3))
+
+
 def test_a_click_on_a_heading_sorts_and_a_second_turns_round(opened: Open) -> None:
     page = opened("factor")
     column = "return [...document.querySelectorAll('#table-leaderboard tbody tr')].map("

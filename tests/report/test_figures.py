@@ -225,6 +225,22 @@ def test_a_diverged_grey_line_does_not_press_the_others_flat() -> None:
     assert caption == ""
 
 
+def test_a_studied_value_that_diverged_leaves_the_figure_one_that_learns_nothing_stays() -> None:
+    def drawn(worst: float) -> dict[str, Any]:
+        block = curves_block(
+            [
+                Curve(label=str(index), hint="", series={"train_loss": {1: [0.5], 2: [last]}})
+                for index, last in enumerate((0.01, 0.02, worst))
+            ]
+        )
+        assert block is not None
+        axis: dict[str, Any] = block.figures[0].spec["layout"]["yaxis"]
+        return axis
+
+    assert "range" not in drawn(2.3)
+    assert drawn(5e15)["range"][1] < 1
+
+
 def test_values_that_are_not_finite_leave_a_gap() -> None:
     data = made(
         row(0, accuracy=0.5, history={1: float("nan"), 2: 0.4, 3: float("inf"), 4: 0.5}),

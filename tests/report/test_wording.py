@@ -15,7 +15,7 @@ from sweeper.report import wording
         ("test_accuracy", 0.75907, "0.7591"),
         ("test_loss", 0.0, "0.0000"),
         ("test_loss", 0.00012, "0.00012"),
-        ("test_loss", 2.5e-7, "2.5e-07"),
+        ("test_loss", 2.5e-7, "2.5e-7"),
         ("test_loss", -1.5, "−1.5000"),
         ("test_loss", math.inf, "∞"),
         ("test_loss", math.nan, "–"),

@@ -80,9 +80,14 @@
     Plotly.restyle(chart, { visible: visible });
     const pressed = (axis) =>
       group.querySelector(`[data-axis=${axis}]`).getAttribute("aria-pressed") === "true";
-    const changes = { "xaxis.type": pressed("x") ? "log" : "linear" };
-    if (chart.id.endsWith("-loss")) changes["yaxis.type"] = pressed("y") ? "log" : "linear";
-    Plotly.relayout(chart, changes);
+    const changes = {};
+    const turn = (axis, log) => { // a type that is set anew forgets the axis' range
+      const wanted = log ? "log" : "linear";
+      if ((chart.layout[axis].type || "linear") !== wanted) changes[axis + ".type"] = wanted;
+    };
+    turn("xaxis", pressed("x"));
+    if (chart.id.endsWith("-loss")) turn("yaxis", pressed("y"));
+    if (Object.keys(changes).length) Plotly.relayout(chart, changes);
   }
 
   document.querySelectorAll(".curves .legend button").forEach((button) => {
