@@ -37,6 +37,19 @@ def test_members_get_what_they_get_alone(model: str, graph: str, bench: Bench) -
         bench.assert_as_alone(member)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model", MODELS)
+def test_members_learn_in_every_precision(model: str, precision: str, bench: Bench) -> None:
+    options = {"dropout": 0.0, "precision": precision, "epochs": 12, "graph": "on"}
+    configs = [bench.config(3, MODELS[model], **options, seed=seed) for seed in range(3)]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    epochs = [dict(cohort.epoch()) for _ in range(12)]
+    for member in members:
+        first, last = (epochs[i][member].metrics["train_loss"] for i in (0, -1))
+        assert last < 0.8 * first
+
+
 def test_a_refill_goes_on_in_the_same_graph_where_it_can(bench: Bench) -> None:
     model = MODELS["mlp"]
     cohort = bench.cohort(bench.config(0, model, dropout=0.25, graph="on"))

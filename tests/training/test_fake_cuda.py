@@ -12,6 +12,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn import functional
 from training.conftest import MakeConfig
 from training.fake_cuda import CUDA, FakeCuda, fake_cuda
 
@@ -158,6 +160,28 @@ def test_a_step_of_a_cohort_stays_on_the_device(
         engine._following()
         engine._step(engine._order_KN[:, : COUNT % BATCH])
     assert any("dropout" in name for name in device.operations)
+
+
+def test_attention_in_a_cohort_has_a_backward_pass(
+    device: FakeCuda, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention, or the plain one: under vmap the others do not keep what they need."""
+    original, seen = functional.scaled_dot_product_attention, []
+
+    def attention(*qkv: Tensor) -> Tensor:
+        others = cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
+        seen.append((cuda.flash_sdp_enabled(), any(others), {each.dtype for each in qkv}))
+        return original(*qkv)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    config = configured(make_config, "vit", augment=[])
+    engine = CohortEngine(config, dataset=blank(config), device=CUDA)
+    engine.arrange([engine.seat(config), engine.seat(config)])
+    engine._configure([0.01, 0.01])
+    engine._template.train()
+    monkeypatch.setattr(torch.autograd, "grad", lambda _, weights: (torch.zeros_like(weights),))
+    engine._following()
+    assert seen[-1] == (True, False, {torch.bfloat16})
 
 
 @pytest.mark.parametrize("mistake", ["read", "made", "brought", "counted"])

@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ from sweeper.training.inputs import Inputs, batches_of, drawn_order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.turns import Steps, driven, settled
+
+_ATTENTION: Final = {
+    "cpu": [SDPBackend.MATH],
+    "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+}
 
 
 @dataclass(kw_only=True)
@@ -234,10 +239,12 @@ class CohortEngine:
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        """The context of a forward pass. The fused attention of a CPU cannot be batched again."""
-        with self.precision.forward(), contextlib.ExitStack() as stack:
-            if self._device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        """The context of a forward pass, with kernels for attention that work under vmap.
+
+        A CPU's cannot be batched again. cuDNN's and the memory-efficient one leave out what their
+        backward pass needs: under vmap no tensor says that it wants a gradient.
+        """
+        with self.precision.forward(), sdpa_kernel(_ATTENTION[self._device.type]):
             yield
 
     def _logits(self, row_P: Tensor, buffers: Mapping[str, Tensor], x_BCHW: Tensor) -> Any:
