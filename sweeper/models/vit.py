@@ -36,7 +36,9 @@ def _lowered(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype, in which a linear layer gives it already, but not under vmap:
     there the bias is added in float32, for which there is no fast attention."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 class Attention(nn.Module):
