@@ -36,9 +36,9 @@ def _lowered(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype, in which a linear layer gives it already, but not under vmap:
     there the bias is added in float32, for which there is no fast attention."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class Attention(nn.Module):
