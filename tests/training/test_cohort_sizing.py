@@ -161,3 +161,21 @@ def test_memory_too_small_for_one_measures_nothing(
     config = make_config()
     rates = sizing.throughputs(config, dataset=make_dataset(config), device=CPU)
     assert rates == {"cohort": {}, "streams": {}}
+
+
+def test_what_does_not_work_for_several_is_no_harm_to_one(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def step(engine: CohortEngine, index: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(CohortEngine, "_step", step)
+    config = make_config({"name": "mlp", "width": 8})
+    rates = sizing.throughputs(
+        config, dataset=make_dataset(config), device=CPU, sizes=(1, 2), batches=2
+    )
+    assert {way: set(found) for way, found in rates.items()} == {"cohort": {1}, "streams": {1, 2}}
+    assert "2 trials at once (cohort) do not work: no such kernel" in caplog.text

@@ -152,7 +152,8 @@ def _rate(
     """Images a second, None where memory does not suffice, and the share of memory it took.
 
     A step that cannot be captured with ``train.graph: on`` counts as too little memory as well: for
-    one trial it is what its own run will say.
+    one trial it is what its own run will say. So does whatever else torch cannot do for several at
+    once: then they train alone.
     """
     used = [0.0]
     try:
@@ -160,6 +161,11 @@ def _rate(
             rate = len(dataset.train) * size / _seconds(config, dataset, device, size, way)
     except (MemoryError, torch.OutOfMemoryError, CaptureError) as error:
         _log.info("%d trials at once (%s) do not fit: %s", size, way, error)
+        return None, used[0]
+    except RuntimeError as error:
+        if way == "alone":
+            raise
+        _log.warning("%d trials at once (%s) do not work: %s", size, way, error)
         return None, used[0]
     return rate, used[0]
 
