@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sweeper.report.blocks import Facts, Tile
@@ -49,7 +49,20 @@ def headline(data: StudyData) -> str:
     if len(ranked) == 1:
         return f"{what}: {scores}.{pending}"
     unit = "values" if len(data.factors) == 1 else "configurations"
-    return f"{what} is the best of {len(ranked)} {unit}: {scores}.{pending}"
+    return f"{what} is the best of {len(ranked)} {unit}: {scores}.{_near(ranked)}{pending}"
+
+
+def _near(ranked: Sequence[Configuration]) -> str:
+    """How many others the seeds hardly tell from the best: their order is no finding."""
+    best = ranked[0].objective()
+    if best is None or not best.deviation:
+        return ""
+    means = [spread.mean for config in ranked[1:] if (spread := config.objective()) is not None]
+    near = sum(abs(mean - best.mean) <= best.deviation for mean in means)
+    if not near:
+        return ""
+    verb = "is" if near == 1 else "are"
+    return f" {plural(near, 'other')} {verb} within its standard deviation."
 
 
 def _named(data: StudyData, config: Configuration) -> str:

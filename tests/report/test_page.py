@@ -19,7 +19,7 @@ from sweeper.report import study_page
 from sweeper.report.collect import StudyData
 from sweeper.report.compare import write_comparison
 from sweeper.report.render import render
-from sweeper.report.summary import asked
+from sweeper.report.summary import asked, headline
 from sweeper.report.write import comparison_name, write_files, write_report
 from sweeper.settings import Settings
 
@@ -197,6 +197,27 @@ def test_the_timeline_has_a_lane_a_worker_and_the_state_of_every_attempt(
     assert {bar["name"] for bar in bars} == {"complete", "failed"}
     assert {lane for bar in bars for lane in bar["y"]} == {"worker &lt;1&gt;"}
     assert sum(len(bar["x"]) for bar in bars) == 6
+
+
+def test_the_headline_says_whom_the_seeds_hardly_tell_from_the_best() -> None:
+    def said(other: float) -> str:
+        runs = ((8, 0, 0.9), (8, 1, 0.8), (16, 0, other), (16, 1, other))
+        return headline(
+            made(
+                *(
+                    row(
+                        number,
+                        params={"model.width": width, "train.seed": seed},
+                        accuracy=reached,
+                    )
+                    for number, (width, seed, reached) in enumerate(runs)
+                ),
+                parameters={"model.width": [8, 16], "train.seed": [0, 1]},
+            )
+        )
+
+    assert said(0.8).endswith(" 1 other is within its standard deviation.")
+    assert "within" not in said(0.7)
 
 
 def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched() -> None:
