@@ -37,6 +37,7 @@ import json
 import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,6 +247,7 @@ class Bench:
             self.tell(f"{what}: does not fit into memory")
         except Exception as error:  # noqa: BLE001 - whatever it is, the other rungs are wanted
             then()
+            traceback.print_exc()
             said = (str(error).strip().splitlines() or [""])[0]
             self.tell(f"{what}: {type(error).__name__}: {said}")
 

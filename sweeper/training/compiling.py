@@ -27,6 +27,7 @@ import os
 import shutil
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -199,7 +200,8 @@ def ready(code: Path | None) -> Iterator[None]:
     """Compile in here. Compiled code is kept in ``code``, for the owner's eyes only.
 
     Another folder that ``TORCHINDUCTOR_CACHE_DIR`` names goes first. Raises CompileError, with the
-    first line of what the compiler said; memory that does not suffice is raised as it is.
+    first line of what the compiler said; memory that does not suffice is raised as it is. Its
+    advice is not asked for: on newer GPUs it warns that float32 is not TensorFloat32.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # loads for seconds
 
@@ -209,9 +211,13 @@ def ready(code: Path | None) -> Iterator[None]:
     try:
         if code is not None:
             private_folder(code)
-        with torch._dynamo.config.patch(
-            recompile_limit=_RECOMPILATIONS, accumulated_recompile_limit=_RECOMPILATIONS
+        with (
+            warnings.catch_warnings(),
+            torch._dynamo.config.patch(
+                recompile_limit=_RECOMPILATIONS, accumulated_recompile_limit=_RECOMPILATIONS
+            ),
         ):
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             yield
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,6 +224,14 @@ def losses(training: Any) -> list[float]:
 def test_memory_that_does_not_suffice_is_no_failure_of_the_compiler(how: Compiling) -> None:
     with pytest.raises(MemoryError), ready(how.code):
         raise MemoryError
+
+
+def test_advice_of_the_compiler_is_no_failure_of_it(how: Compiling) -> None:
+    """Warnings are errors in here, and it warns on every newer GPU."""
+    with ready(how.code):
+        warnings.warn_explicit("TensorFloat32", UserWarning, "x.py", 1, module="torch._inductor.x")
+    with pytest.raises(CompileError), ready(how.code):
+        warnings.warn_explicit("a model's own", UserWarning, "x.py", 1, module="a_model")
 
 
 COMPILED = """
