@@ -308,24 +308,28 @@ def main() -> None:
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     """What is wanted most comes first."""
     models = options.models
-    small_first = sorted(models, key=lambda m: TOGETHER.index(m) if m in TOGETHER else len(MODELS))
+    small = [model for model in TOGETHER if model in models]
+    small_first = [*small, *(model for model in models if model not in small)]
     trials = sorted(options.trials, key=lambda many: (many != AT_ONCE, many))
-    yield from (Job(kind="a step", model=model, run=_step) for model in models)
-    for many in trials[:1]:
-        yield from (Job(kind=f"{many} at once", model=m, run=_at_once(many)) for m in small_first)
+    together = [
+        Job(kind=f"{many} at once", model=model, run=_at_once(many))
+        for many in trials
+        for model in small_first
+    ]
     in_processes = [
         Job(kind=f"{many} processes", model=model, run=_in_processes(many))
         for many in trials
         if many <= options.most_processes
         for model in small_first
     ]
+    yield from (Job(kind="a step", model=model, run=_step) for model in models)
+    yield from together[: len(small)]
     yield from in_processes[:3]
     yield from (Job(kind="DataLoader", model=model, run=_dataloader) for model in models)
     if options.compile or not options.quick:
         yield from (Job(kind="compiled", model=model, run=_compiled) for model in models)
     yield from in_processes[3:]
-    for many in trials[1:]:
-        yield from (Job(kind=f"{many} at once", model=m, run=_at_once(many)) for m in small_first)
+    yield from together[len(small) :]
 
 
 def _step(bench: Bench, name: str) -> None:
