@@ -57,6 +57,7 @@ class CapturedStep:
     ) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self._pool = torch.cuda.graph_pool_handle()
+        self._begun = False
         for generator in generators:
             self._graph.register_generator_state(generator)
         current = torch.cuda.current_stream(device)
@@ -66,7 +67,8 @@ class CapturedStep:
         except RuntimeError as error:  # torch's CUDA errors, out of memory included, derive from it
             torch.cuda.set_stream(current)  # which a capture that fails does not put back
             torch.cuda.synchronize(device)
-            self._leave_capture(device, generators)
+            if self._begun:
+                self._leave_capture(device, generators)
             undo()
             raise CaptureError(
                 f"the training step cannot be captured: {_first_reason(error)}"
@@ -95,6 +97,7 @@ class CapturedStep:
                     undo()
         torch.cuda.current_stream().wait_stream(stream)
         # A collected cycle could free CUDA memory or another graph in the middle of a capture.
+        self._begun = True
         with _no_garbage_collection(), capturing:
             step()
 
