@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m gpu`` runs on machines with torch and little else: no other files are even imported."""
+    if config.option.markexpr != "gpu":
+        return None
+    whole = collection_path.is_dir()
+    files = collection_path.rglob("test_*.py") if whole else [collection_path]
+    return None if any("pytest.mark.gpu" in file.read_text() for file in files) else True
+
+
 @contextlib.contextmanager
 def _postgres(folder: Path) -> Iterator[Postgres]:
     pytest.importorskip("pgserver", reason="the wheel pgserver is not installed")
