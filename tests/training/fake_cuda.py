@@ -101,7 +101,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,))
     for module in (ready, cohort_engine):
         monkeypatch.setattr(module, "CapturedStep", _no_graph)
-    monkeypatch.setattr(evaluation, "settled", lambda _: iter(()))
+    for module in (evaluation, cohort_engine):
+        monkeypatch.setattr(module, "settled", lambda _: iter(()))
     with FakeCuda() as device:
         yield device
 

@@ -115,7 +115,10 @@ def test_a_step_stays_on_the_device(
     assert all(group.get("capturable", True) for group in optimizer_used.param_groups)
     for state in optimizer_used.state.values():
         assert all(each.device == CUDA for each in state.values() if isinstance(each, Tensor))
-    engine.model.eval()
+    evaluated_on_the_device(engine, device)
+
+
+def evaluated_on_the_device(engine: Engine | CohortEngine, device: FakeCuda) -> None:
     with device.step():
         pauses = engine.evaluation(engine.part(engine._dataset.val))
         assert next(pauses) is None
@@ -160,6 +163,7 @@ def test_a_step_of_a_cohort_stays_on_the_device(
         engine._following()
         engine._step(engine._order_KN[:, : COUNT % BATCH])
     assert any("dropout" in name for name in device.operations)
+    evaluated_on_the_device(engine, device)
 
 
 def test_attention_in_a_cohort_has_a_backward_pass(
