@@ -40,11 +40,11 @@ def test_members_get_what_they_get_alone(model: str, graph: str, bench: Bench) -
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("model", MODELS)
 def test_members_learn_in_every_precision(model: str, precision: str, bench: Bench) -> None:
-    options = {"dropout": 0.0, "precision": precision, "epochs": 12, "graph": "on"}
+    options = {"dropout": 0.0, "precision": precision, "epochs": 20, "graph": "on"}
     configs = [bench.config(3, MODELS[model], **options, seed=seed) for seed in range(3)]
     cohort = bench.cohort(configs[0])
     members = [cohort.join(config) for config in configs]
-    epochs = [dict(cohort.epoch()) for _ in range(12)]
+    epochs = [dict(cohort.epoch()) for _ in range(20)]
     for member in members:
         first, last = (epochs[i][member].metrics["train_loss"] for i in (0, -1))
         assert last < 0.8 * first
