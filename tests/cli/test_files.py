@@ -67,6 +67,23 @@ def test_plan_counts_trials_and_parameters(sweeper: Sweeper) -> None:
     assert plan["seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
+)
+def test_torch_does_not_keep_cores_busy_with_waiting(
+    sweeper: Sweeper, asked: dict[str, str], found: str
+) -> None:
+    kept = {name: each for name, each in sweeper.environment.items() if name != "OMP_WAIT_POLICY"}
+    said = subprocess.run(
+        [sys.executable, "-m", "sweeper", "plan", sweeper.write()],
+        env={**kept, **asked, "OMP_DISPLAY_ENV": "true"},  # OpenMP tells as torch loads it
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert f"OMP_WAIT_POLICY = '{found}'" in said
+
+
 def test_plan_of_one_configuration_has_one_count(sweeper: Sweeper) -> None:
     file = sweeper.write(parameters={}, search={"trials": 1})
     plan = sweeper.json("plan", file, "--set", "model.width=32")
