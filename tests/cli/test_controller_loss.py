@@ -14,7 +14,10 @@ from cli.test_launch import running, wait_for
 from servers.postgres import Postgres
 
 TRIALS = 3
-SLOW = {"train": {"epochs": 60, "batch_size": 4}, "search": {"trials": TRIALS, "sampler": "random"}}
+SLOW = {
+    "train": {"epochs": 180, "batch_size": 4},
+    "search": {"trials": TRIALS, "sampler": "random"},
+}
 
 
 def accounts(sweeper: Sweeper) -> list[dict[str, Any]]:
