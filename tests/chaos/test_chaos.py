@@ -16,9 +16,10 @@ def test_a_sweep_survives_the_death_of_its_parts(tmp_path: Path) -> None:
         trials=12,
         workers=3,
         seed=0,
-        every_s=4.0,
-        kills=4,
+        every_s=3.0,
+        kills=6,
         limit_s=240,
+        epochs=40,
     )
     account = Chaos(home, plan).run()
     assert account.wrong == [], account.table()
