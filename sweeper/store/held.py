@@ -74,8 +74,13 @@ def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) ->
     """Store the values of earlier epochs (epoch → value) that the trial does not have yet."""
     with reaching(store.url), _owned():
         known = store.storage.get_trial(claimed.trial_id).intermediate_values
-        for epoch in sorted(series.keys() - known.keys()):
-            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, series[epoch])
+        missing = {epoch: series[epoch] for epoch in sorted(series.keys() - known.keys())}
+        if not store.remote:
+            with store.writing() as connection:
+                tables.write_epochs(connection, claimed.trial_id, missing)
+            return
+        for epoch, value in missing.items():
+            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
 
 
 def prunes(study: optuna.Study) -> bool:
