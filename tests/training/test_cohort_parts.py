@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +32,6 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "custom": ({"model": {"name": "my.models:make"}}, "model my.models:make"),
     "rmsprop": ({"optimizer": {"name": "rmsprop"}}, "optimizer rmsprop is none of adam, adamw"),
     "adadelta": ({"optimizer": {"name": "adadelta"}}, "optimizer adadelta"),
-    "compile": ({"compile": "on"}, "train.compile is on"),
     "float16": ({"precision": "float16"}, "loss scaling for float16"),
     "statistics": ({"layer_statistics": True}, "layer statistics"),
     "graph": ({"graph": "on"}, "train.graph: on needs a CUDA device"),
@@ -43,11 +45,14 @@ def test_what_cannot_join_says_why(case: str, make_config: MakeConfig) -> None:
 
 
 @pytest.mark.parametrize("case", ALONE)
-def test_what_fits_into_no_cohort_can_train_beside_others_but_for_two(
+def test_what_fits_into_no_cohort_can_train_beside_others_unless_it_is_compiled(
     case: str, make_config: MakeConfig
 ) -> None:
-    reason = why_not_beside(make_config(**ALONE[case][0]))
-    assert bool(reason) == (case in {"svm", "compile"})
+    sections = ALONE[case][0]
+    assert bool(why_not_beside(make_config(**sections), CPU)) == (case == "svm")
+    compiled = why_not_beside(make_config(**{**sections, "compile": "on"}), CPU)
+    assert compiled is not None
+    assert ("no cohort to compile for" in compiled) == (case != "svm")
 
 
 @pytest.mark.parametrize("model", ["mlp", "mixer", "cnn", "vit"])
@@ -87,7 +92,27 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The one-kernel update, run by Triton's interpreter."""
+    pytest.importorskip("triton", reason="this torch came without Triton")
+    name = "sweeper.training.cohort.fused"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
+def test_the_update_in_one_kernel_is_that_of_torch(triton_on_the_cpu: ModuleType) -> None:
+    rules_are_those_of_torch(triton_on_the_cpu.update)
+
+
 def test_every_rule_is_that_of_torch() -> None:
+    rules_are_those_of_torch(None)
+
+
+def rules_are_those_of_torch(fused: Any) -> None:
     """Ten steps of all rules at once, with gradients of every size, against torch.optim."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
@@ -100,6 +125,7 @@ def test_every_rule_is_that_of_torch() -> None:
             group["fused"], group["foreach"] = None, False
     numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in configs])
     cohort = CohortOptimizer(len(configs), dtype=torch.float64, device=CPU)
+    cohort._fused = fused
     for step in range(10):
         lrs = [config.lr * 0.9**step for config in configs]
         cohort.configure(configs, lrs)

@@ -10,8 +10,9 @@ Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one n
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,6 +76,7 @@ class CohortOptimizer:
         self._is_adam = column(0.0, torch.bool)
         self._is_nesterov = column(0.0, torch.bool)
         self._is_clipped = column(0.0, torch.bool)
+        self._fused = _fused_update(device)
         self.program = self._planned()
 
     def configure(self, configs: Sequence[OptimizerConfig], lrs: Sequence[float]) -> None:
@@ -128,6 +130,9 @@ class CohortOptimizer:
         numbers.steps.add_(1)
         if program.clipped:
             gradient_KP = self._clipped(gradient_KP, layout)
+        if self._fused is not None:
+            self._fused(numbers, gradient_KP, self._columns())
+            return
         if program.coupled:
             gradient_KP = torch.addcmul(gradient_KP, weights_KP, self._coupled)
         if program.decoupled:
@@ -138,6 +143,24 @@ class CohortOptimizer:
             self._sgd(numbers, gradient_KP)
         else:
             self._either(numbers, gradient_KP)
+
+    def _columns(self) -> dict[str, Tensor]:
+        """The hyper-parameters that the fused update reads."""
+        return {
+            "lr": self._lr,
+            "beta1": self._beta1,
+            "beta2": self._beta2,
+            "minus_lr": self._minus_lr,
+            "kept_share": self._kept_share,
+            "coupled": self._coupled,
+            "momentum": self._momentum,
+            "one_less_beta1": self._one_less_beta1,
+            "squares_kept": self._squares_kept,
+            "one_less_beta2": self._one_less_beta2,
+            "eps": self._eps,
+            "is_adam": self._is_adam,
+            "is_nesterov": self._is_nesterov,
+        }
 
     def _clipped(self, gradient_KP: Tensor, layout: Layout) -> Tensor:
         """``clip_grad_norm_`` of each member: the norm of its parameters' norms."""
@@ -179,6 +202,17 @@ class CohortOptimizer:
         if self.program.momentum:
             numbers.first.copy_(torch.where(self._is_adam, numbers.first, other.first))
         numbers.second.copy_(torch.where(self._is_adam, numbers.second, second_KP))
+
+
+def _fused_update(
+    device: torch.device,
+) -> Callable[[Numbers, Tensor, dict[str, Tensor]], None] | None:
+    """The update as one kernel: on CUDA, where torch brings Triton along."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from sweeper.training.cohort import fused
+
+    return fused.update
 
 
 def _fill(column_K1: Tensor, values: Sequence[float]) -> None:
