@@ -8,6 +8,14 @@ every point of the study's grid, with the same models, optimizers and epochs.
 
     python benchmarks/bench_sweep.py studies/mixer_mnist_init.yaml --data ~/.cache/sweeper/data \\
         --set train.epochs=2 --set data.limit=12000 --set data.validation=1000 --jobs 2
+
+Where the plain way would take too long, `--plain-seconds 60` ends it after a minute, and its time
+is reckoned from the epochs that it logged: until each process logged its first one, and then as
+many as are left at the pace of those that followed. Reading the test set is not counted. sweeper
+always trains everything.
+
+    python benchmarks/bench_sweep.py benchmarks/sweep_mlp.yaml --data ~/.cache/sweeper/data \\
+        --workers 1 --jobs 16 --plain-threads 1 --plain-seconds 60 --repetitions 1
 """
 
 from __future__ import annotations
@@ -31,8 +39,10 @@ from sweeper.provenance import cpu_name, versions
 from sweeper.settings import Settings
 from sweeper.store.tickets import tickets
 from sweeper.study.parse import load
+from sweeper.study.spec import StudySpec
 from sweeper.tracking import LocalServer
 
+METRIC = "val_accuracy"
 PLAIN = Path(__file__).with_name("plain_sweep.py")
 
 
@@ -40,7 +50,7 @@ def by_sweeper(options: argparse.Namespace, home: Path) -> tuple[float, float]:
     """Seconds of the whole launch, and the best validation accuracy."""
     argv = [sys.executable, "-m", "sweeper", "launch", str(options.study), "--json"]
     argv += [f"--set={each}" for each in options.overrides]
-    argv += ["--workers", str(options.jobs), "--home", str(home)]
+    argv += ["--workers", str(options.workers or options.jobs), "--home", str(home)]
     environment = {**os.environ, "SWEEPER_DATA": str(options.data)}
     began = time.perf_counter()
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
@@ -51,7 +61,11 @@ def by_sweeper(options: argparse.Namespace, home: Path) -> tuple[float, float]:
 
 
 def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tuple[float, float]:
-    """Seconds until the last of the plain processes has ended, and the best accuracy."""
+    """Seconds until the last of the plain processes has ended, and the best accuracy.
+
+    With ``--plain-seconds`` both are those of a sweep that was broken off: the seconds are
+    reckoned, and the accuracy is NaN.
+    """
     home.mkdir()
     spec = load(options.study, options.overrides)
     count = len(tickets(spec, with_reference=False))
@@ -78,12 +92,52 @@ def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tup
             for share, log in zip(shares, logs, strict=True)
             if share
         ]
+        if options.plain_seconds:
+            try:
+                return reckoned(options, tracker, spec, count, len(started)), float("nan")
+            finally:
+                for process in started:
+                    process.kill()
+                    process.wait()
         codes = [process.wait() for process in started]
         seconds = time.perf_counter() - began
     for code, log in zip(codes, logs, strict=False):
         if code:
             raise SystemExit(f"the plain way ended with {code}:\n{log.read_text()[-2000:]}")
     return seconds, study.best_value
+
+
+def reckoned(
+    options: argparse.Namespace, tracker: str, spec: StudySpec, count: int, jobs: int
+) -> float:
+    """Seconds that the plain way would take, from those epochs that it logs in its time."""
+    began = time.time()
+    time.sleep(options.plain_seconds)
+    client = MlflowClient(tracker)
+    experiment = client.get_experiment_by_name(spec.name)
+    assert experiment is not None
+    ends = [
+        [
+            each.timestamp / 1000 - began
+            for each in client.get_metric_history(run.info.run_id, METRIC)
+        ]
+        for run in client.search_runs([experiment.experiment_id], max_results=1000)
+    ]
+    ends = sorted((sorted(times) for times in ends if len(times) > 1), key=min)[:jobs]
+    logged = sum(map(len, ends))
+    if len(ends) < jobs:
+        raise SystemExit(f"{len(ends)} of {jobs} jobs logged two epochs: give --plain-seconds more")
+    first = statistics.mean(times[0] for times in ends)
+    pace = statistics.mean((times[-1] - times[0]) / (len(times) - 1) for times in ends)
+    values = tickets(spec, with_reference=False)[0].values or {}
+    epochs = count * spec.trial_config(values).train.epochs / jobs
+    print(
+        f"plain way broken off after {options.plain_seconds:.0f} s: {logged} epochs logged, the "
+        f"first after {first:.1f} s, then one of each of {jobs} jobs in {pace:.2f} s; "
+        f"{epochs:.0f} are asked of each",
+        flush=True,
+    )
+    return first + (epochs - 1) * pace
 
 
 def main() -> None:
@@ -94,6 +148,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=automatic_workers(1))
     parser.add_argument("--loaders", type=int, default=0, help="DataLoader processes of each job")
     parser.add_argument("--plain-threads", type=int, help="torch threads of a plain process")
+    parser.add_argument("--workers", type=int, help="of sweeper; as many as jobs by default")
+    parser.add_argument("--plain-seconds", type=float, help="break the plain way off then")
     parser.add_argument("--repetitions", type=int, default=2)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -105,6 +161,7 @@ def main() -> None:
         for repetition in range(options.repetitions):
             place = Path(folder)
             ours, our_best = by_sweeper(options, place / f"sweeper-{repetition}")
+            print(f"{repetition}: sweeper {ours:.1f} s", flush=True)
             plain, plain_best = by_hand(
                 options, place / f"plain-{repetition}", options.plain_threads
             )
