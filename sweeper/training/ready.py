@@ -109,7 +109,8 @@ class ReadyStep:
         if reason := lacking(self._device):
             return f"not used: {reason}"
         key = program(self._config, shape, self._device)
-        return decide(self, key=key, steps=self._order.full * train.epochs, how=how)
+        steps = self._order.full * train.epochs
+        return decide(self, key=key, steps=steps, how=how, device_type=self._device.type)
 
     def compile(self) -> float:
         """See :meth:`sweeper.training.compiling.Rehearsed.compile`."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from sweeper.config import DataShape, TrialConfig
 from sweeper.data import Dataset
@@ -201,7 +202,7 @@ def test_a_compiler_that_fails_leaves_no_trace_in_auto_and_fails_the_trial_in_on
         raise RuntimeError("\n  inductor does not like this\nand says much more")
 
     monkeypatch.setattr(ready_module, "compiled", lambda model: broken)
-    monkeypatch.setattr("sweeper.training.compiling.TRY_S", 0.0)
+    monkeypatch.setattr("sweeper.training.compiling.TRY_S", {"cpu": 0.0})
     optimizer = {"name": "momentum", "lr": 0.1}
     auto, off = (
         make_config(optimizer=optimizer, compile=switch, epochs=3) for switch in ("auto", "off")
@@ -224,6 +225,18 @@ def losses(training: Any) -> list[float]:
 def test_memory_that_does_not_suffice_is_no_failure_of_the_compiler(how: Compiling) -> None:
     with pytest.raises(MemoryError), ready(how.code):
         raise MemoryError
+
+
+def test_what_the_compiler_met_is_told_not_who_met_it(how: Compiling) -> None:
+    """dynamo wraps it in one that begins with "backend='inductor' raised:"."""
+
+    def wrapped(inner: Exception) -> BackendCompilerFailed:
+        return BackendCompilerFailed(lambda *_: None, inner, None)
+
+    with pytest.raises(CompileError, match="no such operation"), ready(how.code):
+        raise wrapped(wrapped(ValueError("no such operation")))
+    with pytest.raises(torch.OutOfMemoryError, match="50 MiB"), ready(how.code):
+        raise wrapped(torch.OutOfMemoryError("tried to allocate 50 MiB"))
 
 
 def test_advice_of_the_compiler_is_no_failure_of_it(how: Compiling) -> None:
@@ -281,7 +294,7 @@ if sys.argv[2] == "all":
     resumed.load_state_dict(begun.state_dict())
     found["resumed"] = found["auto"][:2] + losses(resumed)
     found["on"], found["off"] = losses(ready("on")), losses(ready("off"))
-    compiling.TRY_S = 0.0
+    compiling.TRY_S = {{"cpu": 0.0}}
     measured = ready("auto", "unknown")
     found["measured"], found["measured_note"] = losses(measured), measured.notes["compile"]
 print(json.dumps(found))
