@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -65,11 +66,12 @@ class _Place:
 
 
 class Crew:
-    """Trials that one thread trains side by side on ``device``."""
+    """Trials that one thread trains side by side on ``device``; ``code`` keeps what is compiled."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, code: Path | None = None) -> None:
         forget_peak_memory(device)
         self.device = device
+        self._code = code
         self._places: list[_Place] = []
         self._turns: deque[Lane[Measured]] = deque()
         self._spare: list[Lane[Measured]] = []
@@ -100,7 +102,7 @@ class Crew:
         Raises UsageError for a configuration that cannot train beside others. Whatever is raised,
         memory that does not suffice included, the others are not touched by it.
         """
-        if reason := why_not_beside(config):
+        if reason := why_not_beside(config, self.device):
             raise UsageError(f"this trial has to train alone: {reason}")
         fused = way == "cohort" and why_alone(config, self.device) is None
         kind = structure(config)
@@ -113,7 +115,7 @@ class Crew:
                     place = _Place(
                         lane=lane,
                         structure=kind,
-                        trains=Cohort(config, dataset=dataset, device=self.device)
+                        trains=Cohort(config, dataset=dataset, device=self.device, code=self._code)
                         if fused
                         else self._training(config, dataset, objective),
                     )

@@ -50,10 +50,17 @@ def fuses_by_itself(device: torch.device) -> bool:
 
 def measured_choice(worker: Worker, config: TrialConfig, device: torch.device) -> Choice:
     """The way and the number that are the fastest for this structure on this device."""
+    from sweeper.training import Compiling
     from sweeper.training.cohort import best_way
 
-    file = worker.settings.cohort_sizes
-    return best_way(config, dataset=worker.loaded(config), device=device, file=file)
+    settings = worker.settings
+    return best_way(
+        config,
+        dataset=worker.loaded(config),
+        device=device,
+        file=settings.cohort_sizes,
+        compiling=Compiling(measured=settings.compile_gains, code=settings.compiled_code),
+    )
 
 
 def known_choice(worker: Worker, config: TrialConfig, device: torch.device) -> Choice | None:
@@ -103,6 +110,7 @@ class Cohorts:
 
     def why_by_itself(self, attempt: Attempt, config: TrialConfig) -> str | None:
         """Why the trial must have no company, or None if it may."""
+        from sweeper.training import best_device
         from sweeper.training.cohort import structure, why_not_beside
 
         timed = {each.metric for each in attempt.study.spec.objective} & _TIMED
@@ -110,7 +118,7 @@ class Cohorts:
             return "one of its structure broke beside others or did not fit"
         if timed:
             return f"the objective {', '.join(sorted(timed))} depends on what runs beside it"
-        return why_not_beside(config)
+        return why_not_beside(config, best_device())
 
     def choice(self, study: StoredStudy, config: TrialConfig, *, measure: bool) -> Choice:
         """How many of this structure train at once, and in which way.

@@ -71,7 +71,7 @@ class Together:
         from sweeper.training import best_device
         from sweeper.training.crew import Crew
 
-        self.crew = Crew(best_device())
+        self.crew = Crew(best_device(), code=self.worker.settings.compiled_code)
         self.room = Room(cohorts=self.cohorts, study=self.study, crew=self.crew)
         try:
             self._join(leader)

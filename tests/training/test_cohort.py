@@ -44,6 +44,40 @@ def test_members_get_what_they_get_alone(model: str, data: dict[str, Any], bench
         assert_as_alone(bench, member, [measured[member] for measured in rounds])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_members_of_a_compiled_cohort_get_what_they_get_alone(model: str, bench: Bench) -> None:
+    """With a refill, and with slots that stay empty: what is compiled keeps its size."""
+    pytest.importorskip("torch._inductor")
+    configs = [
+        bench.config(index, varied(index, name), MODELS[model], compile="on")
+        for index, name in enumerate(["adamw", "sgd", "nesterov", "adam"])
+    ]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs[:3]]
+    history: dict[Member, list[Measurement]] = {member: [] for member in members}
+
+    def epoch() -> None:
+        for member, measurement in cohort.epoch():
+            history[member].append(measurement)
+
+    epoch()
+    compiled = cohort._open()._compiled
+    members[0].close()
+    refill = cohort.join(configs[3])
+    history[refill] = []
+    epoch()
+    members[1].close()
+    epoch()
+    assert cohort._open()._compiled is compiled
+    assert len(cohort._open().seats) == 3
+    for member in (members[2], refill):
+        while len(history[member]) < 3:
+            epoch()
+        train = member.config.train.model_copy(update={"compile": "off"})
+        alone = bench.alone(member.config.model_copy(update={"train": train}))
+        assert_equal(member, history[member], alone, list(alone.epochs()))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_members_of_one_rule_get_what_they_get_alone(optimizer: str, bench: Bench) -> None:
     configs = [bench.config(index, varied(index, optimizer), epochs=2) for index in (1, 3)]

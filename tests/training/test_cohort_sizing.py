@@ -12,6 +12,7 @@ import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset
+from sweeper.training import Compiling
 from sweeper.training.cohort import Choice, Way, sizing
 from sweeper.training.cohort.engine import CohortEngine
 
@@ -132,12 +133,44 @@ def _growing(measure: Callable[..., float]) -> Callable[..., float]:
     """The measurement as it is, with a time in which more trials are always faster."""
 
     def seconds(
-        config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+        config: TrialConfig,
+        dataset: Dataset,
+        device: torch.device,
+        size: int,
+        way: Way,
+        compiling: Compiling | None,
     ) -> float:
-        assert measure(config, dataset, device, size, way) > 0
+        assert measure(config, dataset, device, size, way, compiling) > 0
         return 1.0 / size
 
     return seconds
+
+
+def test_lanes_are_not_measured_where_each_would_compile_its_own_step(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked: list[tuple[Way, Compiling | None]] = []
+
+    def seconds(*arguments: Any) -> float:
+        asked.append((arguments[4], arguments[5]))
+        return 1.0
+
+    monkeypatch.setattr(sizing, "_seconds", seconds)
+    config = make_config(compile="on")
+    how = Compiling(measured=tmp_path / "compiled.json", code=tmp_path / "compiled")
+    choice = sizing.best_way(
+        config,
+        dataset=make_dataset(config),
+        device=CPU,
+        file=tmp_path / "cohorts.json",
+        compiling=how,
+    )
+    assert (choice.way, choice.beside) == ("cohort", 1)
+    assert {way for way, _ in asked} == {"alone", "cohort"}
+    assert {kept for _, kept in asked} == {how}
 
 
 def test_slower_sizes_end_the_search(
@@ -169,7 +202,7 @@ def test_what_does_not_work_for_several_is_no_harm_to_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def step(engine: CohortEngine, index: Any) -> None:
+    def step(engine: CohortEngine, index: Any, losses: Any) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(CohortEngine, "_step", step)

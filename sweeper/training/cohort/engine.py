@@ -14,6 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,12 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
+from sweeper.errors import UsageError
 from sweeper.models import build
 from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
 from sweeper.training.cohort.optimizer import CohortOptimizer
 from sweeper.training.cohort.state import Layout, Numbers
+from sweeper.training.compiling import CompileError, compiled, ready, required
 from sweeper.training.device import repeatable, stream
 from sweeper.training.evaluation import evaluation_batch
 from sweeper.training.inputs import Inputs, batches_of, drawn_order
@@ -54,11 +57,21 @@ class Seat:
 class CohortEngine:
     """The seats of a cohort, trained and evaluated together.
 
-    ``config`` is any member's; all share its structure. Raises UsageError for a model that does
-    not fit the data.
+    ``config`` is any member's; all share its structure. ``code``: the folder that keeps what
+    ``train.compile`` compiles. Raises UsageError for a model that does not fit the data, and
+    MissingExtraError where ``train.compile: on`` lacks a program.
     """
 
-    def __init__(self, config: TrialConfig, *, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        *,
+        dataset: Dataset,
+        device: torch.device,
+        code: Path | None = None,
+    ) -> None:
+        if config.train.compile == "on":
+            required(device)
         self._config = config
         self._dataset = dataset
         self._device = device
@@ -76,9 +89,18 @@ class CohortEngine:
         self._numbers: Numbers  # and what goes with it: there with the first arrangement
         self._before: Numbers
         self._remembers = False
+        self._code = code
+        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled_for: Hashable = None
+        self.compiled = "not used: train.compile is not on"
         self._graph: CapturedStep | None = None
         self._captured: Hashable = None
         self.graph = "not used: a CUDA graph needs a CUDA device"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the step is compiled for the slots that there are."""
+        return self._compiled is not None
 
     def seat(self, config: TrialConfig) -> Seat:
         """A member before its first step, in no slot yet."""
@@ -139,6 +161,7 @@ class CohortEngine:
         self._remembers = True
         self._configure(lrs)
         self._template.train()
+        self._compile()
         self._capture()
         counted = list(zip(seeds, epochs, strict=True))
         self._shuffle([stream(seed, "order", epoch) for seed, epoch in counted])
@@ -212,15 +235,15 @@ class CohortEngine:
                 self._graph.replay()
         if self._tail:
             yield None
-            self._step(self._order_KN[:, len(self.inputs) - self._tail :])
+            self._step(self._order_KN[:, len(self.inputs) - self._tail :], self._losses)
 
     def _following(self) -> None:
         """Train on the next full batch, counted on the device."""
         index_KB = self._order_KN.index_select(1, self._next_B)
         self._next_B.add_(len(self._next_B))
-        self._step(index_KB)
+        self._step(index_KB, self._compiled or self._losses)
 
-    def _step(self, index_KB: Tensor) -> None:
+    def _step(self, index_KB: Tensor, losses: Callable[..., tuple[Tensor, Tensor]]) -> None:
         """Gather, augment, forward, loss, backward, clip, update, count, for all members."""
         numbers = self._numbers
         x_KBCHW, labels_KB = self.inputs.take_each(index_KB, self._noise.generators)
@@ -230,12 +253,24 @@ class CohortEngine:
             if isinstance(layer, MaskedDropout):
                 layer.drops = name in dropping
         with self._forward():
-            logits_KBC = vmap(self._logits)(numbers.weights, {**numbers.buffers, **masks}, x_KBCHW)
-        losses_K = self._loss(logits_KBC, labels_KB)
+            losses_K, logits_KBC = losses(
+                numbers.weights, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
+            )
         (gradient_KP,) = torch.autograd.grad(losses_K.sum(), numbers.weights)
         self._optimizer.update(numbers, gradient_KP, self.layout)
         with torch.no_grad():
             self._totals.add(losses_K, logits_KBC, labels_KB)
+
+    def _losses(
+        self,
+        weights_KP: Tensor,
+        buffers: Mapping[str, Tensor],
+        x_KBCHW: Tensor,
+        labels_KB: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss [K] and logits [K, B, C]: what ``train.compile`` compiles, both passes."""
+        logits_KBC = vmap(self._logits)(weights_KP, buffers, x_KBCHW)
+        return self._loss(logits_KBC, labels_KB), logits_KBC
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
@@ -268,6 +303,36 @@ class CohortEngine:
         passes = totals.passes(len(inputs))
         seconds = time.perf_counter() - started
         return [Pass(loss=p.loss, accuracy=p.accuracy, seconds=seconds) for p in passes]
+
+    def _compile(self) -> None:
+        """Compile forward and backward pass where ``train.compile`` is on and they are not yet.
+
+        Code is for one number of slots and one choice of layers that drop: it is compiled anew
+        where these change. Raises UsageError where it cannot be compiled.
+        """
+        if self._config.train.compile != "on" or not self._full:
+            return
+        program = (len(self.seats), frozenset(self._noise.dropping), self._loss.smooths)
+        if self._compiled_for == program:
+            return
+        self.drop_graph()
+        before = self._numbers.copied(torch.device("cpu"))
+        self._compiled, began = compiled(self._losses), time.perf_counter()
+        self._rewind()
+        try:
+            with ready(self._code):
+                self._following()
+        except CompileError as error:
+            self._compiled = None
+            raise UsageError(
+                f"train.compile: on cannot be done: {error}; use auto or off"
+            ) from error
+        finally:
+            self._numbers.copy_(before)
+            self._totals.clear()
+            self._rewind()
+        self._compiled_for = program
+        self.compiled = f"compiled in {time.perf_counter() - began:.1f} s"
 
     def _capture(self) -> None:
         """Make the step a CUDA graph where that is wanted, works, and is not done yet.

@@ -9,6 +9,7 @@ images, augmentation, dropout, learning rate and number of steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -33,16 +34,25 @@ from sweeper.training.network import NetworkTrial, Pass
 from sweeper.training.turns import Steps, driven
 
 _IDLE_SHARE: Final = 0.25
-"""So many slots of a captured step may stay empty: a smaller step has to be captured anew."""
+"""So many slots of a captured step may stay empty: a smaller step has to be captured anew. One that
+is compiled keeps them all, as long as there is a member: compiling takes longer than they do."""
 
 
 class Cohort:
     """Trials of one structure on one device, trained as one batch.
 
-    ``config`` is any of theirs. Raises UsageError where it cannot join a cohort at all.
+    ``config`` is any of theirs; ``code`` keeps what ``train.compile`` compiles. Raises UsageError
+    where it cannot join a cohort at all.
     """
 
-    def __init__(self, config: TrialConfig, *, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        *,
+        dataset: Dataset,
+        device: torch.device,
+        code: Path | None = None,
+    ) -> None:
         reason = why_alone(config, device)
         if reason is not None:
             raise UsageError(f"this trial has to train alone: {reason}")
@@ -50,7 +60,9 @@ class Cohort:
         self.structure = structure(config)
         self._dataset = dataset
         self._device = device
-        self._engine: CohortEngine | None = CohortEngine(config, dataset=dataset, device=device)
+        self._engine: CohortEngine | None = CohortEngine(
+            config, dataset=dataset, device=device, code=code
+        )
         self._validation = self._engine.part(dataset.val)
         self._slots: list[Member | None] = []
         self._joining: list[Member] = []
@@ -159,7 +171,9 @@ class Cohort:
             slot.seat if slot is not None else old
             for slot, old in zip(slots, engine.seats, strict=True)
         ]
-        tolerated = len(slots) * _IDLE_SHARE if engine.graph == "captured" else 0
+        tolerated = len(slots) * _IDLE_SHARE if engine.graph == "captured" else 0.0
+        if engine.is_compiled:
+            tolerated = len(slots)
         if joining or len(free) > tolerated or len(free) == len(slots):
             slots = [*(slot for slot in slots if slot is not None), *joining]
             seats = [slot.seat for slot in slots if slot is not None]
@@ -197,6 +211,9 @@ class Member(NetworkTrial):
         self.parameters = engine.layout.size
         self.notes["precision"] = engine.precision.name
         self.notes["graph"] = "that of its cohort"
+        self.notes["compile"] = (
+            "that of its cohort" if config.train.compile == "on" else engine.compiled
+        )
         self.notes["standardize"] = "once" if engine.inputs.kept_standardized else "every batch"
 
     @property

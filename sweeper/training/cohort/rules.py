@@ -30,8 +30,6 @@ def why_alone(config: TrialConfig, device: torch.device) -> str | None:
         return f"model {model.name} is none of {_listed(FAMILIES)}"
     if optimizer.name not in OPTIMIZERS:
         return f"optimizer {optimizer.name} is none of {_listed(OPTIMIZERS)}"
-    if train.compile == "on":
-        return "train.compile is on, and a compiled step is one model's"
     if train.precision == "float16":
         return "loss scaling for float16 is one trial's"
     if train.layer_statistics:
@@ -41,12 +39,15 @@ def why_alone(config: TrialConfig, device: torch.device) -> str | None:
     return None
 
 
-def why_not_beside(config: TrialConfig) -> str | None:
-    """Why a trial of this configuration cannot train beside others at all, or None if it can."""
+def why_not_beside(config: TrialConfig, device: torch.device) -> str | None:
+    """Why a trial of this configuration cannot train beside others at all, or None if it can.
+
+    A cohort compiles one step for all its members; in lanes every trial would compile its own.
+    """
     if isinstance(config.model, Svm):
         return "a support vector machine has no steps that others could take turns with"
-    if config.train.compile == "on":
-        return "train.compile is on, and compiling would keep all others waiting"
+    if config.train.compile == "on" and (reason := why_alone(config, device)):
+        return f"train.compile is on, and there is no cohort to compile for: {reason}"
     return None
 
 

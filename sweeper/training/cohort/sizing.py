@@ -27,6 +27,7 @@ from sweeper.data import Dataset, Part
 from sweeper.training.capture import CaptureError
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.cohort.rules import Way, structure, why_alone
+from sweeper.training.compiling import Compiling
 from sweeper.training.engine import Engine
 from sweeper.training.lanes import Lane, all_done
 from sweeper.training.network import Pass
@@ -57,17 +58,27 @@ class Choice:
     beside: int
 
 
-def best_way(config: TrialConfig, *, dataset: Dataset, device: torch.device, file: Path) -> Choice:
+def best_way(
+    config: TrialConfig,
+    *,
+    dataset: Dataset,
+    device: torch.device,
+    file: Path,
+    compiling: Compiling | None = None,
+) -> Choice:
     """The way and the number with the most images a second in all.
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
-    read or written costs a measurement, never a trial.
+    read or written costs a measurement, never a trial. With ``train.compile: on`` cohorts are
+    compiled, one for every number that is tried, and lanes are not measured.
     """
     known = known_way(config, device=device, file=file)
     if known is not None:
         return known
     ways: list[Way] = ["streams"] if why_alone(config, device) else ["cohort", "streams"]
-    rates = throughputs(config, dataset=dataset, device=device, ways=ways)
+    if config.train.compile == "on":
+        ways = ways[:1]  # every lane would compile its own step
+    rates = throughputs(config, dataset=dataset, device=device, ways=ways, compiling=compiling)
     choice = chosen_way(rates)
     for way, found in rates.items():
         text = ", ".join(f"{k}: {rate:,.0f}" for k, rate in found.items())
@@ -116,6 +127,7 @@ def throughputs(
     ways: Sequence[Way] = ("cohort", "streams"),
     sizes: Sequence[int] | None = None,
     batches: int = _BATCHES,
+    compiling: Compiling | None = None,
 ) -> dict[Way, dict[int, float]]:
     """Images a second, all trials together, by way and number of trials at once.
 
@@ -126,7 +138,7 @@ def throughputs(
     part = Part(images=dataset.train.images[:count], labels=dataset.train.labels[:count])
     few = replace(dataset, train=part)
     one, *more = sizes or SIZES
-    alone, used = _rate(config, few, device, one, "alone")
+    alone, used = _rate(config, few, device, one, "alone", compiling)
     if alone is None:
         return {way: {} for way in ways}
     rates: dict[Way, dict[int, float]] = {way: {one: alone} for way in ways}
@@ -136,7 +148,7 @@ def throughputs(
             too_many = way == "streams" and following > _MOST_STREAMS
             if too_many or share * following / size > _MEMORY_SHARE:
                 break
-            rate, share = _rate(config, few, device, following, way)
+            rate, share = _rate(config, few, device, following, way, compiling)
             if rate is None:
                 break
             rates[way][following] = rate
@@ -147,7 +159,12 @@ def throughputs(
 
 
 def _rate(
-    config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+    config: TrialConfig,
+    dataset: Dataset,
+    device: torch.device,
+    size: int,
+    way: Way,
+    compiling: Compiling | None,
 ) -> tuple[float | None, float]:
     """Images a second, None where memory does not suffice, and the share of memory it took.
 
@@ -158,7 +175,9 @@ def _rate(
     used = [0.0]
     try:
         with _memory(device) as used:
-            rate = len(dataset.train) * size / _seconds(config, dataset, device, size, way)
+            rate = (
+                len(dataset.train) * size / _seconds(config, dataset, device, size, way, compiling)
+            )
     except (MemoryError, torch.OutOfMemoryError, CaptureError) as error:
         _log.info("%d trials at once (%s) do not fit: %s", size, way, error)
         return None, used[0]
@@ -171,12 +190,17 @@ def _rate(
 
 
 def _seconds(
-    config: TrialConfig, dataset: Dataset, device: torch.device, size: int, way: Way
+    config: TrialConfig,
+    dataset: Dataset,
+    device: torch.device,
+    size: int,
+    way: Way,
+    compiling: Compiling | None,
 ) -> float:
     """Seconds of one pass, after one that warms up."""
-    lr = config.optimizer.lr
+    lr, how = config.optimizer.lr, compiling if config.train.compile == "on" else None
     if way == "alone":
-        engine = Engine(config, dataset=dataset, device=device)
+        engine = Engine(config, dataset=dataset, device=device, compiling=how)
         try:
             return min(
                 engine.train(epoch=epoch, lr=lr, before_batch=_nothing).seconds for epoch in (1, 2)
@@ -186,7 +210,8 @@ def _seconds(
     if way == "streams":
         with side_by_side([config] * size, dataset=dataset, device=device) as run:
             return min(run(), run())
-    cohort = CohortEngine(config, dataset=dataset, device=device)
+    code = how.code if how is not None else None
+    cohort = CohortEngine(config, dataset=dataset, device=device, code=code)
     try:
         cohort.arrange([cohort.seat(config) for _ in range(size)])
         return min(
