@@ -19,16 +19,18 @@ _VALUES_A_BATCH: Final = {"cpu": 2**18, "cuda": 2**24}
 _LARGEST_BATCH: Final = 4096
 
 
-def evaluation_batch(model: ModelConfig, shape: DataShape, device: torch.device) -> int:
+def evaluation_batch(
+    model: ModelConfig, shape: DataShape, device: torch.device, *, slots: int = 1
+) -> int:
     """How many images to evaluate at once: by their size, whatever the training batch is.
 
     A batch holds about 2**24 input values on a GPU and 2**18 on a CPU, where larger ones leave
-    the cache and gain nothing.
+    the cache and gain nothing. ``slots`` models that look at the same images share that.
     """
     side = model.image_size if isinstance(model, Timm) else None
     pixels = side * side if side else shape.height * shape.width
     fitting = _VALUES_A_BATCH.get(device.type, 2**18) // (shape.channels * pixels)
-    return max(1, min(_LARGEST_BATCH, fitting))
+    return max(1, min(_LARGEST_BATCH, fitting // slots))
 
 
 @torch.inference_mode()

@@ -84,7 +84,6 @@ class CohortEngine:
         self.inputs = self.part(dataset.train, augmented=True)
         count, size = len(self.inputs), config.train.batch_size
         self._full, self._tail = batches_of(count, size)
-        self._evaluation_batch = evaluation_batch(config.model, dataset.shape, device)
         self.seats: list[Seat] = []
         self._numbers: Numbers  # and what goes with it: there with the first arrangement
         self._before: Numbers
@@ -290,7 +289,8 @@ class CohortEngine:
     def _evaluated(self, numbers: Numbers, loss: CohortLoss, inputs: Inputs) -> Steps[list[Pass]]:
         self._template.eval()
         slots = len(numbers.weights)
-        totals, batch = _Totals(slots, self._device), max(1, self._evaluation_batch // slots)
+        totals = _Totals(slots, self._device)
+        batch = evaluation_batch(self._config.model, self._dataset.shape, self._device, slots=slots)
         forward = vmap(self._logits, in_dims=(0, 0, None))
         started = time.perf_counter()
         for start in range(0, len(inputs), batch):
