@@ -2,10 +2,10 @@
 
 One trial: a DataLoader and an eager step as a textbook writes them; images that stay on the device;
 that step as one CUDA graph; the same compiled. Then 1, 4, 16 and 64 trials as a cohort, in lanes of
-their own (on a GPU: streams), and in processes. Rungs that are compared are timed in turn, so that
-what else the machine does hits all of them. Images are random, of the data set's shape. On a CPU
-everything runs with one thread, as workers do, there are no graphs and no streams, and lanes train
-one batch after the other.
+their own (on a GPU: streams), and in processes, and 16 as a compiled cohort. Rungs that are
+compared are timed in turn, so that what else the machine does hits all of them. Images are random,
+of the data set's shape. On a CPU everything runs with one thread, as workers do, there are no
+graphs and no streams, and lanes train one batch after the other.
 
 Images a second are those of all trials together, the median of the repetitions, and the spread is
 that from the slowest to the fastest. The roof is a large matrix product on the same device, in the
@@ -91,6 +91,23 @@ MODELS: dict[str, tuple[DataShape, int, dict[str, Any]]] = {
 }
 """In the order in which they are measured."""
 
+
+def configured(name: str) -> TrialConfig:
+    """The trial of a model: AdamW, its batches, its data set's shape."""
+    shape, batch, model = MODELS[name]
+    return TrialConfig.model_validate(
+        {
+            "data": {
+                "name": "cifar10" if shape == CIFAR else "mnist",
+                "standardize": "channel",
+            },
+            "model": model,
+            "optimizer": {"name": "adamw", "lr": 1e-3},
+            "train": {"batch_size": batch},
+        }
+    )
+
+
 TOGETHER = ("mixer_r0", "mlp", "mixer_r3", "vit", "mixer_p16", "mixer_r2")
 """Those of which several at once are measured first: small ones, which leave most of a GPU idle."""
 
@@ -136,18 +153,8 @@ class Bench:
         return self._subjects[name]
 
     def _made(self, name: str) -> Subject:
-        shape, batch, model = MODELS[name]
-        config = TrialConfig.model_validate(
-            {
-                "data": {
-                    "name": "cifar10" if shape == CIFAR else "mnist",
-                    "standardize": "channel",
-                },
-                "model": model,
-                "optimizer": {"name": "adamw", "lr": 1e-3},
-                "train": {"batch_size": batch},
-            }
-        )
+        shape, batch, _ = MODELS[name]
+        config = configured(name)
         if shape not in self._images:
             largest = max(size for each, size, _ in MODELS.values() if each == shape)
             count = largest * self.options.batches
@@ -328,6 +335,11 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
     yield from (Job(kind="DataLoader", model=model, run=_dataloader) for model in models)
     if options.compile or not options.quick:
         yield from (Job(kind="compiled", model=model, run=_compiled) for model in models)
+        yield from (
+            Job(kind="compiled together", model=model, run=_compiled_together)
+            for model in small_first
+            if model != "resnet18" and AT_ONCE in trials
+        )
     yield from in_processes[3:]
     yield from together[len(small) :]
 
@@ -405,6 +417,15 @@ def _compiled(bench: Bench, name: str) -> None:
             COMPILED: rungs.alone(rungs.changed(plain, compile="on"), *made),
         },
     )
+
+
+def _compiled_together(bench: Bench, name: str) -> None:
+    """As many as are wanted at once, with forward and backward pass compiled."""
+    subject, rung = bench.subject(name), "cohort + compile"
+    config = rungs.changed(subject.config, compile="on")
+    made = rungs.cohort(config, subject.dataset, bench.device, AT_ONCE)
+    bench.compared(name, {rung: made}, trials=AT_ONCE)
+    _say_together(bench, name, AT_ONCE, [rung])
 
 
 def _machine(device: torch.device) -> str:

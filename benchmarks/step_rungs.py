@@ -147,11 +147,17 @@ def cohort(
     """So many trials as one batch."""
     engine = CohortEngine(config, dataset=dataset, device=device)
     engine.arrange([engine.seat(changed(config, seed=seed)) for seed in range(trials)])
+    told = config.train.compile == "off"
 
     def run() -> float:
+        nonlocal told
         began = time.perf_counter()
         engine.train(epochs=[1] * trials, lrs=[1e-3] * trials, before_batch=_nothing)
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if not told:
+            print(f"(train.compile: on: {engine.compiled})", flush=True)
+            told = True
+        return seconds
 
     try:
         yield run
