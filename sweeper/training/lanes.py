@@ -19,7 +19,7 @@ What keeps streams apart and yet in order (torch's notes on CUDA semantics, "CUD
   for the whole device, which ``torch.cuda.graph`` does by itself.
 - Random numbers come from a generator of the lane (`sweeper.training.device.own_noise`).
 
-None of this has run on a GPU yet; on a CPU it is all the same but for streams and graphs.
+On a CPU it is all the same but for streams and graphs.
 """
 
 from __future__ import annotations
