@@ -202,7 +202,7 @@ def test_what_does_not_work_for_several_is_no_harm_to_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def step(engine: CohortEngine, index: Any, losses: Any) -> None:
+    def step(engine: CohortEngine, index: Any) -> None:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(CohortEngine, "_step", step)

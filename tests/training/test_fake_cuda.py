@@ -161,7 +161,7 @@ def test_a_step_of_a_cohort_stays_on_the_device(
     monkeypatch.setattr(torch.autograd, "grad", gradient)
     with device.step():
         engine._following()
-        engine._step(engine._order_KN[:, : COUNT % BATCH], engine._losses)
+        engine._step(engine._order_KN[:, : COUNT % BATCH])
     assert any("dropout" in name for name in device.operations)
     evaluated_on_the_device(engine, device)
 

@@ -234,15 +234,15 @@ class CohortEngine:
                 self._graph.replay()
         if self._tail:
             yield None
-            self._step(self._order_KN[:, len(self.inputs) - self._tail :], self._losses)
+            self._step(self._order_KN[:, len(self.inputs) - self._tail :])
 
     def _following(self) -> None:
         """Train on the next full batch, counted on the device."""
         index_KB = self._order_KN.index_select(1, self._next_B)
         self._next_B.add_(len(self._next_B))
-        self._step(index_KB, self._compiled or self._losses)
+        self._step(index_KB)
 
-    def _step(self, index_KB: Tensor, losses: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def _step(self, index_KB: Tensor) -> None:
         """Gather, augment, forward, loss, backward, clip, update, count, for all members."""
         numbers = self._numbers
         x_KBCHW, labels_KB = self.inputs.take_each(index_KB, self._noise.generators)
@@ -251,6 +251,9 @@ class CohortEngine:
         for name, layer in self._template.named_modules():
             if isinstance(layer, MaskedDropout):
                 layer.drops = name in dropping
+        losses = self._losses
+        if self._compiled is not None and index_KB.shape[1] == self._config.train.batch_size:
+            losses = self._compiled  # any other size would be compiled anew
         with self._forward():
             losses_K, logits_KBC = losses(
                 numbers.weights, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
