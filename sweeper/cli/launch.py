@@ -169,6 +169,7 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     from sweeper.cli.view import view
     from sweeper.cli.watching import Caller, Interrupts, leave, say_interrupted, watch
     from sweeper.controller import prepare
+    from sweeper.service.finish import load_ahead
     from sweeper.store import open_store, progress, standing
     from sweeper.tracking import TrackingService
 
@@ -186,7 +187,7 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
         with Interrupts() as interrupts:
             try:
                 with view(lambda: service.uri) as shown:
-                    watch(sweep, caller, interrupts, shown, service)
+                    watch(sweep, caller, interrupts, shown, service, nearly_over=load_ahead)
             finally:
                 leave(sweep, caller)
             if interrupts.count:

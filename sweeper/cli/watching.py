@@ -129,17 +129,24 @@ class Caller:
 
 
 def watch(
-    sweep: Sweep, caller: Caller, interrupts: Interrupts, shown: View, service: TrackingService
+    sweep: Sweep,
+    caller: Caller,
+    interrupts: Interrupts,
+    shown: View,
+    service: TrackingService,
+    *,
+    nearly_over: Callable[[], object] = lambda: None,
 ) -> None:
     """Look after the sweep until it is over, interrupted, or stopped from elsewhere.
 
+    ``nearly_over`` is called once, when no trial waits for a worker any more.
     Raises what :meth:`Sweep.tick` raises; a store that is away is waited for as Outage says.
     """
     from sweeper.controller import Outage
 
     away = Outage()
     now: Progress | None = None
-    stop_by = math.inf
+    stop_by, told = math.inf, False
     while True:
         note = service.look_after()
         handled = interrupts.count
@@ -162,6 +169,9 @@ def watch(
         alive = len(sweep.alive)
         if now is not None:
             shown.show(now, alive, note)
+            if not (told or sweep.stopping or now.counts["waiting"]):
+                told = True
+                nearly_over()
         if interrupts.count > 1 or time.monotonic() > stop_by or (now is not None and now.over):
             return
         if not alive and (sweep.stopping or (answered and not sweep.pausing)):

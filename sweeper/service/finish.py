@@ -6,6 +6,9 @@ What ``sweeper launch`` and ``sweeper controller`` do alike, each under the stud
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +28,39 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+_LATER: Final = (
+    "sweeper.report.study_page",
+    "sweeper.report.curves",
+    "sweeper.report.factors",
+    "sweeper.report.figures",
+    "sweeper.report.mistakes",
+    "sweeper.report.pictures",
+    "sweeper.report.publish",
+    "sweeper.report.timeline",
+    "sweeper.report.write",
+    "mlflow.pytorch",
+)
+"""What a report and its publication load when they get there: torch, plotly, MLflow's models."""
+
 _TEST_S: Final = 10.0
 """For what the best model gets wrong; `sweeper report` takes the time it needs."""
+
+
+def load_ahead() -> threading.Thread:
+    """Load, in a thread of its own, what finishing a study will need.
+
+    Seconds that nobody waits for while the last trials train. What cannot be loaded is told by
+    whoever needs it. The thread is not a daemon: a process must not end within an import.
+    """
+
+    def load() -> None:
+        for name in _LATER:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=load, name="load ahead")
+    thread.start()
+    return thread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ memory does not suffice. One trial alone is measured as it would run alone, with
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import logging
@@ -213,7 +214,8 @@ def _seconds(
     code = how.code if how is not None else None
     cohort = CohortEngine(config, dataset=dataset, device=device, code=code)
     try:
-        cohort.arrange([cohort.seat(config) for _ in range(size)])
+        seat = cohort.seat(config)  # one model is built, however many are tried
+        cohort.arrange([copy.copy(seat) for _ in range(size)])
         return min(
             cohort.train(epochs=[epoch] * size, lrs=[lr] * size, before_batch=_nothing)[0].seconds
             for epoch in (1, 2)
