@@ -61,9 +61,8 @@ class Bench:
 
     def assert_as_alone(self, member: Trial) -> None:
         config = member.config
-        eager = config.model_copy(
-            update={"train": config.train.model_copy(update={"graph": "off"})}
-        )
+        plain = config.train.model_copy(update={"graph": "off", "compile": "off"})
+        eager = config.model_copy(update={"train": plain})
         dataset = self.dataset(config)
         alone = prepare(eager, folder=Path(), device=best_device(), dataset=dataset)
         list(alone.epochs())

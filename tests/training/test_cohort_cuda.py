@@ -32,7 +32,24 @@ def test_members_get_what_they_get_alone(model: str, graph: str, bench: Bench) -
     for _ in range(2):
         cohort.epoch()
     assert cohort.graph == ("captured" if graph == "on" else "not used: train.graph is off")
+    assert cohort._open()._optimizer._fused is not None
     cohort.test(members)
+    for member in members:
+        bench.assert_as_alone(member)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_members_of_a_compiled_cohort_get_what_they_get_alone(model: str, bench: Bench) -> None:
+    configs = [
+        bench.config(index, MODELS[model], dropout=0.1 * index, graph="on", compile="on")
+        for index in range(5)
+    ]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    for _ in range(2):
+        cohort.epoch()
+    assert cohort.graph == "captured"
+    assert cohort._open().is_compiled
     for member in members:
         bench.assert_as_alone(member)
 
