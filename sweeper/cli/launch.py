@@ -169,7 +169,7 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     from sweeper.cli.view import view
     from sweeper.cli.watching import Caller, Interrupts, leave, say_interrupted, watch
     from sweeper.controller import prepare
-    from sweeper.service.finish import load_ahead
+    from sweeper.service.finish import Ahead
     from sweeper.store import open_store, progress, standing
     from sweeper.tracking import TrackingService
 
@@ -182,17 +182,19 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     )
     if not prepared.new:
         sys.stderr.write(f"{spec.name}: resumed, {prepared.enqueued} trials added\n")
+    ahead = Ahead()
     with TrackingService(settings) as service:
         sweep = how.sweep(opened, prepared, settings, launcher)
         with Interrupts() as interrupts:
             try:
                 with view(lambda: service.uri) as shown:
-                    watch(sweep, caller, interrupts, shown, service, nearly_over=load_ahead)
+                    watch(sweep, caller, interrupts, shown, service, nearly_over=ahead.start)
             finally:
                 leave(sweep, caller)
             if interrupts.count:
                 say_interrupted(sweep, caller)
                 raise typer.Exit(130)
+        ahead.wait()
         if progress(opened, prepared.study).over:
             sweep.clean_up()
         report = _publish(opened, prepared.study, settings, service)

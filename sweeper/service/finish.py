@@ -21,6 +21,7 @@ from sweeper.service.agreement import lagging, settle
 from sweeper.settings import Settings
 from sweeper.store import Store, StoredStudy, standing
 from sweeper.tracking import TrackingService
+from sweeper.tracking.mlflow import load as load_mlflow
 
 if TYPE_CHECKING:
     from sweeper.report.collect import StudyData
@@ -46,21 +47,32 @@ _TEST_S: Final = 10.0
 """For what the best model gets wrong; `sweeper report` takes the time it needs."""
 
 
-def load_ahead() -> threading.Thread:
-    """Load, in a thread of its own, what finishing a study will need.
+class Ahead:
+    """Loads what finishing a study will need, in a thread of its own, while the last trials train.
 
-    Seconds that nobody waits for while the last trials train. What cannot be loaded is told by
-    whoever needs it. The thread is not a daemon: a process must not end within an import.
+    Seconds that nobody has to wait for then. What cannot be loaded is told by whoever needs it. The
+    thread is not a daemon: a process must not end within an import.
     """
 
-    def load() -> None:
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._thread = threading.Thread(target=self._load, name="load ahead")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is loaded. Nobody may import any of it before: MLflow imports in circles,
+        and a second thread would be given modules that are not complete."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _load(self) -> None:
+        load_mlflow()
         for name in _LATER:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-
-    thread = threading.Thread(target=load, name="load ahead")
-    thread.start()
-    return thread
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,9 @@ def test_all_that_is_loaded_ahead_is_there() -> None:
         "import sys\n"
         "from sweeper.service import finish\n"
         "assert not set(finish._LATER) & set(sys.modules), 'it is loaded with finish itself'\n"
-        "finish.load_ahead().join()\n"
+        "ahead = finish.Ahead()\n"
+        "ahead.start()\n"
+        "ahead.wait()\n"
         "print(*(name for name in finish._LATER if name not in sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
