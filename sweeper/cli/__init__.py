@@ -6,9 +6,7 @@ usage or file, 3 store or tracker out of reach, 130 interrupted.
 
 from __future__ import annotations
 
-import atexit
 import errno
-import gc
 import os
 import sys
 from typing import Final
@@ -62,9 +60,6 @@ app.command("controller")(serving.controller)
 def main() -> None:
     """Run the command line; a user's mistake becomes a message and an exit code."""
     os.environ.setdefault(*_WAITING)  # before torch is loaded, which reads it once
-    # Python looks for garbage once more as it ends, which takes a second or two with torch and
-    # MLflow loaded: nobody needs that memory any more. Forked workers end in the same way.
-    atexit.register(gc.freeze)
     try:
         app()
     except SweeperError as error:
