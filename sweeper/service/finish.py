@@ -69,7 +69,8 @@ class Ahead:
             self._thread.join()
 
     def _load(self) -> None:
-        load_mlflow()
+        with contextlib.suppress(Exception):
+            load_mlflow()
         for name in _LATER:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)

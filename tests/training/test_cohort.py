@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from trial_bench import (
     MLP,
     MODELS,
@@ -76,6 +77,30 @@ def test_members_of_a_compiled_cohort_get_what_they_get_alone(model: str, bench:
         train = member.config.train.model_copy(update={"compile": "off"})
         alone = bench.alone(member.config.model_copy(update={"train": train}))
         assert_equal(member, history[member], alone, list(alone.epochs()))
+
+
+def test_a_compiled_cohort_that_does_not_fit_gives_up_its_slots(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the members go on then, in half of the memory."""
+    config = bench.config(0, varied(0, "adamw"), compile="on")
+    cohort = bench.cohort(config)
+    members = [cohort.join(config) for _ in range(4)]
+    cohort.epoch()
+    engine = cohort._open()
+
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluation", too_much)
+        with pytest.raises(torch.OutOfMemoryError):
+            cohort.epoch()
+    for member in members[2:]:
+        member.close()
+    assert len(cohort.epoch()) == 2
+    assert len(engine.seats) == 2
+    assert engine.is_compiled
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -197,6 +197,11 @@ class CohortEngine:
             self._graph.close()
         self._graph = self._captured = None
 
+    def drop_compiled(self) -> None:
+        """Forget what was compiled: the slots need not stay as many any more."""
+        self.drop_graph()
+        self._compiled = self._compiled_for = None
+
     def _built(self, config: TrialConfig) -> torch.nn.Module:
         model = build(config.model, self._dataset.shape, seed=config.train.seed)
         return model.to(device=self._device, dtype=self.precision.dtype)
@@ -318,20 +323,18 @@ class CohortEngine:
         program = (len(self.seats), frozenset(self._noise.dropping), self._loss.smooths)
         if self._compiled_for == program:
             return
-        self.drop_graph()
-        before = self._numbers.copied(torch.device("cpu"))
+        self.drop_compiled()
         self._compiled, began = compiled(self._losses), time.perf_counter()
         self._rewind()
         try:
             with ready(self._code):
                 self._following()
         except CompileError as error:
-            self._compiled = None
             raise UsageError(
                 f"train.compile: on cannot be done: {error}; use auto or off"
             ) from error
         finally:
-            self._numbers.copy_(before)
+            self.roll_back()
             self._totals.clear()
             self._rewind()
         self._compiled_for = program

@@ -128,8 +128,10 @@ class Cohort:
                 for member, one, other in zip(self._slots, trained, validated, strict=True)
                 if member is not None
             ]
-        except BaseException:
+        except BaseException as error:
             engine.roll_back()
+            if isinstance(error, Exception):  # where memory does not suffice, slots must get fewer
+                engine.drop_compiled()
             raise
         return measured
 

@@ -10,7 +10,6 @@ Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one n
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sweeper.config.optimizer import OptimizerConfig
 from sweeper.training.cohort.state import Layout, Numbers
+from sweeper.training.compiling import lacking
 
 _ADAM_EPS: Final = 1e-8
 """torch.optim's own, for Adam and AdamW."""
@@ -207,8 +207,8 @@ class CohortOptimizer:
 def _fused_update(
     device: torch.device,
 ) -> Callable[[Numbers, Tensor, dict[str, Tensor]], None] | None:
-    """The update as one kernel: on CUDA, where torch brings Triton along."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """The update as one kernel: on CUDA, where there is Triton and the compiler that it needs."""
+    if device.type != "cuda" or lacking(device):
         return None
     from sweeper.training.cohort import fused
 
