@@ -7,6 +7,6 @@ if __name__ == "__main__":
         # Python puts the current folder first. What happens to lie there must not be imported,
         # neither as a model that a study names nor in place of an installed package.
         del sys.path[0]
-    from sweeper.cli import main
+    from sweeper.cli import run
 
-    main()
+    run()

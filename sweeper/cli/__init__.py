@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Final
+from typing import Final, NoReturn
 
 import typer
 
 from sweeper.cli import files, launch, reporting, servers, serving, show
+from sweeper.cli.ending import end_process
 from sweeper.cli.plain import plain
 from sweeper.errors import OutOfReachError, SweeperError
 
@@ -55,6 +56,15 @@ app.command("doctor")(servers.doctor)
 app.command("worker")(servers.worker)
 app.command("workers")(serving.workers)
 app.command("controller")(serving.controller)
+
+
+def run() -> NoReturn:
+    """The program ``sweeper``: :func:`main`, and then this process ends."""
+    try:
+        main()
+    except SystemExit as asked:
+        end_process(asked)
+    end_process(SystemExit(0))
 
 
 def main() -> None:
