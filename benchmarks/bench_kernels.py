@@ -43,9 +43,10 @@ def together(config: TrialConfig, dataset: Dataset, device: torch.device, trials
     engine = CohortEngine(config, dataset=dataset, device=device)
     engine.arrange([engine.seat(rungs.changed(config, seed=seed)) for seed in range(trials)])
     engine.train(epochs=[1] * trials, lrs=[1e-3] * trials, before_batch=lambda: None)
-    if engine._graph is None:
+    graph = engine._ready.graph
+    if graph is None:
         raise SystemExit(f"there is no graph: {engine.graph}")
-    return f"{trials} as a cohort ({engine.compiled})", engine._graph.replay, engine._rewind
+    return f"{trials} as a cohort ({engine.compiled})", graph.replay, engine._rewind
 
 
 def shown(replays: Replays, top: int) -> float:

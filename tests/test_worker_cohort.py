@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,8 @@ from worker_bench import Bench, MakeBench, alone, assert_same, numbers
 
 from sweeper.store import Control, recovery, studies, workers
 from sweeper.store.workers import Presence
-from sweeper.training.cohort import Choice
+from sweeper.training import compiling
+from sweeper.training.cohort import Choice, ready
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.engine import Engine
 
@@ -353,3 +355,21 @@ def test_a_member_that_cannot_be_built_fails_alone(bench: MakeBench) -> None:
     )
     found.worker.run()
     assert [row.outcome for row in found.now.rows] == ["completed", "invalid", "completed"]
+
+
+def test_auto_compiles_the_step_of_a_cohort_where_that_repays(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six trials, three at once: what was measured for one batch of three is in the home folder."""
+    monkeypatch.setattr(compiling, "TRY_S", {"cpu": 0.0})
+    monkeypatch.setattr(compiling, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(ready, "compiled", lambda losses: lambda *arguments: losses(*arguments))
+    steps = iter([0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9])
+    monkeypatch.setattr(ready.ReadyCohort, "step_s", lambda _: next(steps))
+    train = {**GRID["train"], "compile": "auto"}
+    found = bench(train=train, resources={"cohort": 3})
+    found.worker.run()
+    assert_same(found, alone(bench))
+    ((key, gain),) = json.loads(found.worker.settings.compile_gains.read_text()).items()
+    assert key.startswith("3 x ")
+    assert gain["compiled_s"] == 0.1

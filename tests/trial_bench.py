@@ -12,7 +12,7 @@ import torch
 from sweeper.config import DataShape, TrialConfig
 from sweeper.data import Dataset
 from sweeper.measurement import Measurement
-from sweeper.training import prepare
+from sweeper.training import Compiling, prepare
 from sweeper.training.base import Training, Trial
 from sweeper.training.cohort import Cohort
 
@@ -77,8 +77,8 @@ class Bench:
             self._dataset = self._make_dataset(config, train=205, shape=COLOUR)
         return self._dataset
 
-    def cohort(self, config: TrialConfig) -> Cohort:
-        return Cohort(config, dataset=self.dataset(config), device=CPU)
+    def cohort(self, config: TrialConfig, compiling: Compiling | None = None) -> Cohort:
+        return Cohort(config, dataset=self.dataset(config), device=CPU, compiling=compiling)
 
     def alone(self, config: TrialConfig) -> Training:
         return prepare(config, folder=Path(), device=CPU, dataset=self.dataset(config))

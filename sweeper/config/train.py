@@ -21,8 +21,8 @@ class TrainConfig(Section):
     bfloat16 autocast on CUDA and float32 elsewhere. ``graph`` captures the step as one CUDA
     graph. ``compile`` runs it through ``torch.compile``: ``auto`` only where that was measured to
     repay here, by the number of steps with the same shapes in the study; with ``on`` a trial that
-    cannot be compiled fails, and those that train as one batch are compiled together, which on a
-    GPU is where it gives most. Both change speed, and results only by rounding.
+    cannot be compiled fails. Those that train as one batch are compiled together, which on a GPU is
+    where it gives most. Both change speed, and results only by rounding.
     ``layer_statistics`` adds mean and standard deviation of every layer's weights and gradients
     to each epoch's measurement.
     """

@@ -11,9 +11,11 @@ batch, precision), device and torch's version:
    trains with what was faster.
 4. What is known: compiled where the seconds saved are more than the seconds that compiling took.
 
-A trial is compiled from its first step to its last or not at all; what was tried before leaves no
-trace. Compiled kernels round differently, so the same seed gives the same numbers within rounding,
-not bit for bit: where that is asked for, ``off`` is the right value, and it is the default.
+A trial alone is compiled from its first step to its last or not at all; what was tried before
+leaves no trace. In a cohort the common step is, for the number of members that it has; in lanes
+``auto`` compiles nothing. Compiled kernels round differently, so the same seed gives the same
+numbers within rounding, not bit for bit: where that is asked for, ``off`` is the right value, and
+it is the default.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -22,6 +21,7 @@ from sweeper.measurement import Measurement
 from sweeper.training.base import Interrupt, Poll
 from sweeper.training.cohort.members import Cohort
 from sweeper.training.cohort.rules import Way, structure, why_alone, why_not_beside
+from sweeper.training.compiling import Compiling
 from sweeper.training.device import forget_peak_memory, repeatable
 from sweeper.training.lanes import Lane, first_done
 from sweeper.training.loop import NetworkTraining
@@ -66,12 +66,15 @@ class _Place:
 
 
 class Crew:
-    """Trials that one thread trains side by side on ``device``; ``code`` keeps what is compiled."""
+    """Trials that one thread trains side by side on ``device``.
 
-    def __init__(self, device: torch.device, *, code: Path | None = None) -> None:
+    ``compiling`` is what ``train.compile: auto`` goes by in a cohort; in lanes nothing is compiled.
+    """
+
+    def __init__(self, device: torch.device, *, compiling: Compiling | None = None) -> None:
         forget_peak_memory(device)
         self.device = device
-        self._code = code
+        self._compiling = compiling
         self._places: list[_Place] = []
         self._turns: deque[Lane[Measured]] = deque()
         self._spare: list[Lane[Measured]] = []
@@ -115,7 +118,9 @@ class Crew:
                     place = _Place(
                         lane=lane,
                         structure=kind,
-                        trains=Cohort(config, dataset=dataset, device=self.device, code=self._code)
+                        trains=Cohort(
+                            config, dataset=dataset, device=self.device, compiling=self._compiling
+                        )
                         if fused
                         else self._training(config, dataset, objective),
                     )
@@ -215,4 +220,7 @@ class Crew:
     def _training(
         self, config: TrialConfig, dataset: Dataset, objective: tuple[str, bool]
     ) -> NetworkTraining:
-        return NetworkTraining(config, dataset=dataset, device=self.device, objective=objective)
+        found = NetworkTraining(config, dataset=dataset, device=self.device, objective=objective)
+        if config.train.compile == "auto":
+            found.notes["compile"] = "not used: beside others, in lanes, nothing is compiled"
+        return found

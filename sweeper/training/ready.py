@@ -38,6 +38,28 @@ _LONG_ENOUGH_S: Final = 0.5
 """Steps that took so long together are enough to go by."""
 
 
+def fastest(run: Callable[[], None], back: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step, the fastest of a few after one that warms up; ``back`` undoes each."""
+    found: list[float] = []
+    _timed(run, back, device)
+    while len(found) < _TIMED_STEPS[device.type] and sum(found) < _LONG_ENOUGH_S:
+        found.append(_timed(run, back, device))
+    return min(found)
+
+
+def _timed(run: Callable[[], None], back: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step. One thread on a CPU counts its own time, whoever else computes."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
+    synchronize(device)
+    began = clock()
+    run()
+    synchronize(device)
+    seconds = clock() - began
+    back()
+    return seconds
+
+
 class ReadyStep:
     """``step`` on the full batches of ``order``.
 
@@ -141,33 +163,17 @@ class ReadyStep:
 
     def step_s(self) -> float:
         """See :meth:`sweeper.training.compiling.Rehearsed.step_s`: the fastest of a few."""
-        found: list[float] = []
         with self._rehearsal() as undo:
             run = self.graph.replay if self.graph is not None else self._run
             # A graph's gradients stay: an epoch of replays alone would leave none to look at.
             back = self._put_back if self.graph is not None else undo
-            self._timed(run, back)  # warms up
-            while len(found) < _TIMED_STEPS[self._device.type] and sum(found) < _LONG_ENOUGH_S:
-                found.append(self._timed(run, back))
-        return min(found)
+            return fastest(run, back, self._device)
 
     def close(self) -> None:
         """Free the CUDA graph; steps are launched one by one then."""
         if self.graph is not None:
             self.graph.close()
             self.graph = None
-
-    def _timed(self, run: Callable[[], None], back: Callable[[], None]) -> float:
-        """Seconds of one step. One thread on a CPU counts its own time, whoever else computes."""
-        alone = self._device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
-        synchronize(self._device)
-        began = clock()
-        run()
-        synchronize(self._device)
-        seconds = clock() - began
-        back()
-        return seconds
 
     def _run(self) -> None:
         self._step.full(self._order.following())

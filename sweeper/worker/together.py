@@ -25,6 +25,7 @@ from sweeper.errors import StoreRefusedError, StoreUnreachableError
 from sweeper.store import Outcome, StoredStudy, queue
 from sweeper.study.spec import Grid, ReferenceOnly
 from sweeper.worker.cohorts import Cohorts, out_of_memory
+from sweeper.worker.compiling import going_by
 from sweeper.worker.room import Room
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
@@ -71,7 +72,8 @@ class Together:
         from sweeper.training import best_device
         from sweeper.training.crew import Crew
 
-        self.crew = Crew(best_device(), code=self.worker.settings.compiled_code)
+        compiling = going_by(self.worker.settings, self.study.spec)
+        self.crew = Crew(best_device(), compiling=compiling)
         self.room = Room(cohorts=self.cohorts, study=self.study, crew=self.crew)
         try:
             self._join(leader)

@@ -22,6 +22,7 @@ from sweeper.training import evaluation, ready
 from sweeper.training.capture import CaptureError
 from sweeper.training.cohort import engine as cohort_engine
 from sweeper.training.cohort import optimizer as cohort_optimizer
+from sweeper.training.cohort import ready as cohort_ready
 
 CUDA = torch.device("cuda", 0)
 
@@ -102,7 +103,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,))
     # Triton's compiler wants a real device; the operations that its kernel does are seen instead
     monkeypatch.setattr(cohort_optimizer, "_fused_update", lambda _: None)
-    for module in (ready, cohort_engine):
+    for module in (ready, cohort_ready):
         monkeypatch.setattr(module, "CapturedStep", _no_graph)
     for module in (evaluation, cohort_engine):
         monkeypatch.setattr(module, "settled", lambda _: iter(()))

@@ -62,14 +62,14 @@ def test_members_of_a_compiled_cohort_get_what_they_get_alone(model: str, bench:
             history[member].append(measurement)
 
     epoch()
-    compiled = cohort._open()._compiled
+    compiled = cohort._open()._ready.losses
     members[0].close()
     refill = cohort.join(configs[3])
     history[refill] = []
     epoch()
     members[1].close()
     epoch()
-    assert cohort._open()._compiled is compiled
+    assert cohort._open()._ready.losses is compiled
     assert len(cohort._open().seats) == 3
     for member in (members[2], refill):
         while len(history[member]) < 3:
@@ -177,7 +177,7 @@ def test_a_slot_that_stays_empty_changes_nothing(bench: Bench) -> None:
     members = [cohort.join(config) for config in configs]
     rounds = [dict(cohort.epoch())]
     engine = cohort._open()
-    engine.graph = "captured"
+    engine._ready.captured = "captured"
     members.pop(1).close()
     rounds += [dict(cohort.epoch()) for _ in range(2)]
     assert len(engine.seats) == 5

@@ -75,16 +75,16 @@ def test_a_refill_goes_on_in_the_same_graph_where_it_can(bench: Bench) -> None:
     )
     cohort.epoch()
     engine = cohort._open()
-    before = engine._graph
+    before = engine._ready.graph
     leaving.close()
     refill = cohort.join(bench.config(10, model, dropout=0.25, graph="on"))
     cohort.epoch()
-    assert engine._graph is before
+    assert engine._ready.graph is before
     bench.assert_as_alone(staying)
     staying.close()
     other = cohort.join(bench.config(8, model, dropout=0.5, graph="on"))
     cohort.epoch()
-    assert engine._graph is not before
+    assert engine._ready.graph is not before
     bench.assert_as_alone(refill)
     refill.close()
     cohort.epoch()

@@ -1,9 +1,9 @@
 """Cohorts: several trials of one structure that train as one batch (design decision 7).
 
-``rules`` say which trials fit together, ``members`` are what a worker sees, ``engine`` trains them,
-with the update rules of ``optimizer``, the random streams of ``noise``, the ``losses`` and the
-matrices of ``state``. ``sizing`` measures how many at once are the fastest, as a cohort or side by
-side (`sweeper.training.crew`).
+``rules`` say which trials fit together, ``members`` are what a worker sees, ``engine`` trains them
+by a step that ``ready`` captures and compiles, with the update rules of ``optimizer``, the random
+streams of ``noise``, the ``losses`` and the matrices of ``state``. ``sizing`` measures how many at
+once are the fastest, as a cohort or side by side (`sweeper.training.crew`).
 """
 
 from sweeper.training.cohort.members import Cohort, Member

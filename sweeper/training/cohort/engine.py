@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -24,14 +23,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
-from sweeper.errors import UsageError
 from sweeper.models import build
-from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
 from sweeper.training.cohort.optimizer import CohortOptimizer
+from sweeper.training.cohort.ready import Built, ReadyCohort
 from sweeper.training.cohort.state import Layout, Numbers
-from sweeper.training.compiling import CompileError, compiled, ready, required
+from sweeper.training.compiling import Compiling
 from sweeper.training.device import repeatable, stream
 from sweeper.training.evaluation import evaluation_batch
 from sweeper.training.inputs import Inputs, batches_of, drawn_order
@@ -57,9 +55,9 @@ class Seat:
 class CohortEngine:
     """The seats of a cohort, trained and evaluated together.
 
-    ``config`` is any member's; all share its structure. ``code``: the folder that keeps what
-    ``train.compile`` compiles. Raises UsageError for a model that does not fit the data, and
-    MissingExtraError where ``train.compile: on`` lacks a program.
+    ``config`` is any member's; all share its structure. ``compiling``: what ``train.compile: auto``
+    goes by; without, it compiles nothing. Raises UsageError for a model that does not fit the data,
+    and MissingExtraError where ``train.compile: on`` lacks a program.
     """
 
     def __init__(
@@ -68,10 +66,8 @@ class CohortEngine:
         *,
         dataset: Dataset,
         device: torch.device,
-        code: Path | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
-        if config.train.compile == "on":
-            required(device)
         self._config = config
         self._dataset = dataset
         self._device = device
@@ -88,18 +84,31 @@ class CohortEngine:
         self._numbers: Numbers  # and what goes with it: there with the first arrangement
         self._before: Numbers
         self._remembers = False
-        self._code = code
-        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self._compiled_for: Hashable = None
-        self.compiled = "not used: train.compile is not on"
-        self._graph: CapturedStep | None = None
-        self._captured: Hashable = None
-        self.graph = "not used: a CUDA graph needs a CUDA device"
+        self._ready = ReadyCohort(
+            config,
+            shape=dataset.shape,
+            device=device,
+            full=self._full,
+            step=self._following,
+            losses=self._losses,
+            undo=self._undo,
+            how=compiling,
+        )
+
+    @property
+    def graph(self) -> str:
+        """Whether the common step is a CUDA graph, and if not, why."""
+        return self._ready.captured
+
+    @property
+    def compiled(self) -> str:
+        """Whether the common step is compiled, and if not, why."""
+        return self._ready.compiled
 
     @property
     def is_compiled(self) -> bool:
         """Whether the step is compiled for the slots that there are."""
-        return self._compiled is not None
+        return self._ready.is_compiled
 
     def seat(self, config: TrialConfig) -> Seat:
         """A member before its first step, in no slot yet."""
@@ -160,8 +169,8 @@ class CohortEngine:
         self._remembers = True
         self._configure(lrs)
         self._template.train()
-        self._compile()
-        self._capture()
+        self._rewind()
+        self._ready.prepare(self._built_in())
         counted = list(zip(seeds, epochs, strict=True))
         self._shuffle([stream(seed, "order", epoch) for seed, epoch in counted])
         self._noise.seed([stream(seed, "noise", epoch) for seed, epoch in counted])
@@ -193,14 +202,11 @@ class CohortEngine:
 
     def drop_graph(self) -> None:
         """Free the CUDA graph; the next epoch captures a new one."""
-        if self._graph is not None:
-            self._graph.close()
-        self._graph = self._captured = None
+        self._ready.drop_graph()
 
     def drop_compiled(self) -> None:
         """Forget what was compiled: the slots need not stay as many any more."""
-        self.drop_graph()
-        self._compiled = self._compiled_for = None
+        self._ready.drop_compiled()
 
     def _built(self, config: TrialConfig) -> torch.nn.Module:
         model = build(config.model, self._dataset.shape, seed=config.train.seed)
@@ -233,10 +239,10 @@ class CohortEngine:
     def _all_batches(self) -> Steps[None]:
         for _ in range(self._full):
             yield None
-            if self._graph is None:
+            if self._ready.graph is None:
                 self._following()
             else:
-                self._graph.replay()
+                self._ready.graph.replay()
         if self._tail:
             yield None
             self._step(self._order_KN[:, len(self.inputs) - self._tail :])
@@ -256,9 +262,8 @@ class CohortEngine:
         for name, layer in self._template.named_modules():
             if isinstance(layer, MaskedDropout):
                 layer.drops = name in dropping
-        losses = self._losses
-        if self._compiled is not None and index_KB.shape[1] == self._config.train.batch_size:
-            losses = self._compiled  # any other size would be compiled anew
+        full = index_KB.shape[1] == self._config.train.batch_size
+        losses = self._ready.losses if full else self._losses  # a rest would be compiled anew
         with self._forward():
             losses_K, logits_KBC = losses(
                 numbers.weights, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
@@ -312,73 +317,23 @@ class CohortEngine:
         seconds = time.perf_counter() - started
         return [Pass(loss=p.loss, accuracy=p.accuracy, seconds=seconds) for p in passes]
 
-    def _compile(self) -> None:
-        """Compile forward and backward pass where ``train.compile`` is on and they are not yet.
-
-        Code is for one number of slots and one choice of layers that drop: it is compiled anew
-        where these change. Raises UsageError where it cannot be compiled.
-        """
-        if self._config.train.compile != "on" or not self._full:
-            return
-        program = (len(self.seats), frozenset(self._noise.dropping), self._loss.smooths)
-        if self._compiled_for == program:
-            return
-        self.drop_compiled()
-        self._compiled, began = compiled(self._losses), time.perf_counter()
-        self._rewind()
-        try:
-            with ready(self._code):
-                self._following()
-        except CompileError as error:
-            raise UsageError(
-                f"train.compile: on cannot be done: {error}; use auto or off"
-            ) from error
-        finally:
-            self.roll_back()
-            self._totals.clear()
-            self._rewind()
-        self._compiled_for = program
-        self.compiled = f"compiled in {time.perf_counter() - began:.1f} s"
-
-    def _capture(self) -> None:
-        """Make the step a CUDA graph where that is wanted, works, and is not done yet.
-
-        Rates of dropout are built into it, and which rules the optimizer has: a refill that brings
-        others is captured anew, one that brings only other numbers is not.
-        """
-        wanted = self._config.train.graph
-        if self._device.type != "cuda" or not self._full:
-            return
-        if wanted == "off":
-            self.graph = "not used: train.graph is off"
-            return
-        program = (self._optimizer.program, self._noise.program, self._loss.smooths)
-        if self._captured == program:
-            return
-        self.drop_graph()
-        before = self._numbers.copied(torch.device("cpu"))
-
-        def undo() -> None:
-            self._numbers.copy_(before)
-            self._totals.clear()
-            self._rewind()
-
+    def _built_in(self) -> Built:
+        noise, smooths = self._noise, self._loss.smooths
         # Every one that is registered costs a replay two more launches (torch 2.11), drawn or not.
-        draws = self.inputs.draws or bool(self._noise.dropping)
+        draws = self.inputs.draws or bool(noise.dropping)
+        return Built(
+            slots=len(self.seats),
+            dropping=frozenset(noise.dropping),
+            smooths=smooths,
+            captured=(self._optimizer.program, noise.program, smooths),
+            generators=noise.generators if draws else (),
+        )
+
+    def _undo(self) -> None:
+        """Put back what a step on a full batch changes, before the first of an epoch."""
+        self.roll_back()
+        self._totals.clear()
         self._rewind()
-        self._captured = program
-        try:
-            self._graph = CapturedStep(
-                self._following,
-                undo=undo,
-                device=self._device,
-                generators=self._noise.generators if draws else (),
-            )
-            self.graph = "captured"
-        except CaptureError as error:
-            if wanted == "on":
-                raise
-            self.graph = f"not used: {error}"
 
 
 class _Totals:

@@ -9,7 +9,6 @@ images, augmentation, dropout, learning rate and number of steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -29,6 +28,7 @@ from sweeper.training.cohort.state import (
     model_state,
     optimizer_state,
 )
+from sweeper.training.compiling import Compiling
 from sweeper.training.device import forget_peak_memory, repeatable
 from sweeper.training.network import NetworkTrial, Pass
 from sweeper.training.turns import Steps, driven
@@ -41,8 +41,8 @@ is compiled keeps them all, as long as there is a member: compiling takes longer
 class Cohort:
     """Trials of one structure on one device, trained as one batch.
 
-    ``config`` is any of theirs; ``code`` keeps what ``train.compile`` compiles. Raises UsageError
-    where it cannot join a cohort at all.
+    ``config`` is any of theirs; ``compiling`` is what ``train.compile: auto`` goes by. Raises
+    UsageError where it cannot join a cohort at all.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Cohort:
         *,
         dataset: Dataset,
         device: torch.device,
-        code: Path | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
         reason = why_alone(config, device)
         if reason is not None:
@@ -61,7 +61,7 @@ class Cohort:
         self._dataset = dataset
         self._device = device
         self._engine: CohortEngine | None = CohortEngine(
-            config, dataset=dataset, device=device, code=code
+            config, dataset=dataset, device=device, compiling=compiling
         )
         self._validation = self._engine.part(dataset.val)
         self._slots: list[Member | None] = []
@@ -214,7 +214,7 @@ class Member(NetworkTrial):
         self.notes["precision"] = engine.precision.name
         self.notes["graph"] = "that of its cohort"
         self.notes["compile"] = (
-            "that of its cohort" if config.train.compile == "on" else engine.compiled
+            engine.compiled if config.train.compile == "off" else "that of its cohort"
         )
         self.notes["standardize"] = "once" if engine.inputs.kept_standardized else "every batch"
 

@@ -71,7 +71,8 @@ def best_way(
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
     read or written costs a measurement, never a trial. With ``train.compile: on`` cohorts are
-    compiled, one for every number that is tried, and lanes are not measured.
+    compiled, one for every number that is tried, and lanes are not measured; with ``auto`` nothing
+    is compiled here, and the cohort that was chosen may be afterwards.
     """
     known = known_way(config, device=device, file=file)
     if known is not None:
@@ -211,8 +212,7 @@ def _seconds(
     if way == "streams":
         with side_by_side([config] * size, dataset=dataset, device=device) as run:
             return min(run(), run())
-    code = how.code if how is not None else None
-    cohort = CohortEngine(config, dataset=dataset, device=device, code=code)
+    cohort = CohortEngine(config, dataset=dataset, device=device, compiling=how)
     try:
         seat = cohort.seat(config)  # one model is built, however many are tried
         cohort.arrange([copy.copy(seat) for _ in range(size)])
