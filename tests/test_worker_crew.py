@@ -16,7 +16,9 @@ from sweeper.training.cohort import Choice
 from sweeper.training.crew import Crew
 from sweeper.training.engine import Engine
 from sweeper.training.turns import Steps
+from sweeper.worker.attempt import Attempt
 from sweeper.worker.cohorts import Cohorts, out_of_memory
+from sweeper.worker.together import Together
 from sweeper.worker.work import Work
 
 BASE: dict[str, Any] = {
@@ -217,9 +219,15 @@ SEEDS = {"train.seed": {"values": [0, 1]}}
 def test_auto_takes_trials_until_the_device_is_full(
     bench: MakeBench, at_once: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured for the first structure only; a device that is no CPU is pretended. One of width 12
-    is known to want the device for itself."""
+    """Measured for the first structure of a company only; a device that is no CPU is pretended. One
+    of width 12 is known to want the device for itself."""
     measured: list[int] = []
+    leaders: list[int] = []
+    run = Together.run
+
+    def led(together: Together, leader: Attempt) -> Attempt | None:
+        leaders.append(leader.configured().model.model_dump()["width"])
+        return run(together, leader)
 
     def choice(worker: Any, config: TrialConfig, device: torch.device) -> Choice:
         measured.append(config.model.model_dump()["width"])
@@ -229,13 +237,15 @@ def test_auto_takes_trials_until_the_device_is_full(
         wide = config.model.model_dump()["width"] == 12
         return Choice(way="cohort", size=4, beside=1) if wide else None
 
+    monkeypatch.setattr(Together, "run", led)
     monkeypatch.setattr("sweeper.worker.cohorts.measured_choice", choice)
     monkeypatch.setattr("sweeper.worker.cohorts.known_choice", known)
     monkeypatch.setattr("sweeper.worker.cohorts.fuses_by_itself", lambda device: True)
     found = bench(resources={"cohort": "auto"})
     found.worker.run()
     assert_same(found, alone(bench))
-    assert measured == [16]
+    assert measured == [width for width in leaders if width != 12]
+    assert measured[0] == 16
     assert max(sum(lanes) for lanes in at_once) == 2
     assert all("12" not in text for text in company(found).values())
     for key, run in found.tracker.runs.items():
