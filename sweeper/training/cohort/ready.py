@@ -128,7 +128,7 @@ class ReadyCohort:
         if other and self._config.train.compile == "auto":
             self.compiled = self._decided()
         if other and self._config.train.compile != "off":
-            _log.info("the step of %d trials in one batch is %s", built.slots, self.compiled)
+            _log.info("torch.compile for a batch of %d trials: %s", built.slots, self.compiled)
         self._code = built.code
 
     def compile(self) -> float:
