@@ -142,7 +142,8 @@ def public(surveyed: Survey) -> dict[str, Any]:
 
 def _described(parameter: Values | Range) -> str:
     if isinstance(parameter, Values):
-        return ", ".join(text(value) for value in parameter.values)
+        long = any(isinstance(value, list | tuple | Mapping) for value in parameter.values)
+        return (" | " if long else ", ").join(text(value) for value in parameter.values)
     kind = "whole numbers" if parameter.integer else "numbers"
     extra = ", logarithmic" if parameter.log else ""
     if parameter.step is not None:

@@ -82,12 +82,8 @@ def number(value: float | None) -> str:
 
 
 def text(value: Any) -> str:
-    """A parameter's value, short and safe to print."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, str):
-        return escape(value)
-    return escape(json.dumps(value))
+    """A parameter's value as the report words it, safe to print."""
+    return escape(worded(value))
 
 
 def duration(seconds: float | None) -> str:

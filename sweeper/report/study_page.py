@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from sweeper.config.model import Svm
 from sweeper.errors import SweeperError
 from sweeper.report.blocks import Block, Facts, Folded, Page, Section, Tables, Text
 from sweeper.report.collect import Say, StudyData, provenance, silent
@@ -156,7 +157,11 @@ def _model(
     if not with_model:
         yield Text(text="Left out: the report was asked for without the model.")
         return
-    if data.now.best is None:
+    best = data.now.best
+    if best is None:
+        return
+    if isinstance(data.now.spec.trial_config(best.params).model, Svm):
+        yield Text(text=f"Trial {best.number} is a support vector machine: no weights are kept.")
         return
     say("loading the best model")
     from sweeper.report.mistakes import confusion, worst_mistakes

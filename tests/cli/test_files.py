@@ -123,6 +123,14 @@ def test_one_trial_of_unknown_length_is_said_so(sweeper: Sweeper) -> None:
     assert lines[0] == "small: 1 trial, time unknown, with 1 worker"
 
 
+def test_a_plan_has_values_in_words_not_in_json(sweeper: Sweeper) -> None:
+    augment = [[], ["flip"], [{"name": "crop", "size": 8, "padding": 1}, "flip"]]
+    file = sweeper.write(parameters={"data.augment": augment}, search={"sampler": "grid"})
+    said = sweeper.run("plan", file)
+    assert "none | flip | crop (size 8, padding 1) + flip" in said
+    assert "2: data.augment=crop (size 8, padding 1) + flip" in said
+
+
 def test_trials_are_listed_in_words_not_in_json() -> None:
     augment = [{"name": "crop", "size": 28, "padding": 0}, "flip"]
     schedule = {"name": "exponential", "gamma": 0.9}

@@ -348,3 +348,15 @@ def test_a_report_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--out"):
         write_files(tmp_path / "file", {"index.html": "x"})
+
+
+def test_a_support_vector_machine_has_no_weights_and_nothing_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    svm = {"data": {"name": "circles"}, "model": {"name": "svm"}}
+    settings = Settings.resolve(home=tmp_path, environment={})
+    report = write_report(made(row(0, accuracy=0.9), **svm), settings)
+    said = Outline(report.page.read_text(encoding="utf-8")).said
+    assert "Trial 0 is a support vector machine: no weights are kept." in said
+    assert report.model is None
+    assert not [record for record in caplog.records if "best model" in record.getMessage()]
