@@ -318,8 +318,9 @@ def run_compiled(home: Path, what: str) -> dict[str, Any]:
     return result
 
 
-def seconds(note: str) -> float:
-    return float(note.removeprefix("compiled in ").split()[0])
+def binaries(folder: Path) -> dict[str, int]:
+    """What the compiler has made, and when."""
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*.so")}
 
 
 @pytest.mark.skipif(lacking(CPU) is not None, reason=f"it cannot be compiled here: {lacking(CPU)}")
@@ -335,7 +336,9 @@ def test_compiled_trials_equal_eager_ones_and_the_next_worker_finds_the_code(
     assert "a step takes" in first["measured_note"]
     assert first["note"].startswith("compiled in")
     assert stat.S_IMODE((home / "compiled").stat().st_mode) == 0o700
-    assert list((home / "compiled").rglob("*.so"))
+    built = binaries(home / "compiled")
+    assert built
     second = run_compiled(home, "auto")
     assert second["auto"] == first["auto"]
-    assert seconds(second["note"]) < seconds(first["note"]) / 2
+    assert second["note"].startswith("compiled in")
+    assert binaries(home / "compiled") == built
