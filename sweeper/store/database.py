@@ -16,6 +16,7 @@ import contextlib
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,9 @@ def _open_sqlite(address: URL) -> RDBStorage:
     event.listen(backend.engine, "begin", _begin)
     backend.engine.dispose()  # connections made before the listeners
     create_own_tables(backend.engine)
+    # Also as the process ends: whoever closes the last connection has all that is beside the file
+    # written into it, and the file alone is the whole store then.
+    weakref.finalize(backend, backend.engine.dispose)
     return backend
 
 

@@ -45,6 +45,15 @@ def create_file(database: Path, artifacts: str) -> None:
         new.replace(database)
 
 
+def make_whole(database: Path) -> None:
+    """Write into the SQLite file what is still beside it: a copy of the file is then all of it."""
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(database, timeout=1.0)) as connection,
+    ):
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
 def is_there(store_url: str, tracking_uri: str) -> bool:
     """Whether the server of the store has MLflow's database."""
     with _connected(store_url) as connection:

@@ -15,6 +15,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 from sweeper.private import private_folder
 from sweeper.settings import Settings
-from sweeper.tracking.database import create_file, created
+from sweeper.tracking.database import create_file, created, make_whole
 
 _WATCH_S: Final = 0.5
 _GRACE_S: Final = 5.0
@@ -80,7 +81,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
 
     with turn:
         initialize_backend_stores(address, address, root)
-    uvicorn.Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             _without_assistant(app),
             log_level="warning",
@@ -88,7 +89,13 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
             timeout_keep_alive=120,
             timeout_graceful_shutdown=3,
         )
-    ).run(sockets=[listener])
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more at its end
+    with contextlib.suppress(SystemExit):
+        server.run(sockets=[listener])
+    if not settings.on_postgres:
+        make_whole(settings.home / "mlflow.db")
+    os._exit(0)  # Python would take seconds to tidy up
 
 
 def _without_assistant(app: Any) -> Any:

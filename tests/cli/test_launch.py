@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 import sqlite3
 import time
@@ -55,6 +56,20 @@ def test_the_result_is_one_json_object(launched: Launched) -> None:
     assert set(result["best"]) >= {"number", "params", "metrics"}
     assert 0 < result["best"]["metrics"]["test_accuracy"] <= 1
     assert result["seconds"] > 0
+
+
+def test_a_copy_of_the_files_alone_has_all_of_it(launched: Launched, tmp_path: Path) -> None:
+    """SQLite keeps what was written last beside its files until somebody puts it in."""
+    sweeper, _result = launched
+    found = {}
+    for name, query in (
+        ("optuna.db", "SELECT state, count(*) FROM trials GROUP BY state"),
+        ("mlflow.db", "SELECT status, count(*) FROM runs GROUP BY status"),
+    ):
+        shutil.copy(sweeper.folder / ".sweeper" / name, tmp_path / name)
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
+            found[name] = connection.execute(query).fetchall()
+    assert found == {"optuna.db": [("COMPLETE", 3)], "mlflow.db": [("FINISHED", 4)]}
 
 
 def test_every_trial_is_a_finished_run(launched: Launched) -> None:
