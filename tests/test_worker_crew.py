@@ -229,11 +229,11 @@ def test_auto_takes_trials_until_the_device_is_full(
         leaders.append(leader.configured().model.model_dump()["width"])
         return run(together, leader)
 
-    def choice(worker: Any, config: TrialConfig, device: torch.device) -> Choice:
+    def choice(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice:
         measured.append(config.model.model_dump()["width"])
         return Choice(way="streams", size=2, beside=2)
 
-    def known(worker: Any, config: TrialConfig, device: torch.device) -> Choice | None:
+    def known(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice | None:
         wide = config.model.model_dump()["width"] == 12
         return Choice(way="cohort", size=4, beside=1) if wide else None
 
@@ -271,7 +271,7 @@ def test_a_few_structures_of_a_study_are_measured_and_the_others_are_like_the_la
     widths = [4, 5, 6, 7, 8]
     measured: list[int] = []
 
-    def choice(worker: Any, config: TrialConfig, device: torch.device) -> Choice:
+    def choice(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice:
         measured.append(config.model.model_dump()["width"])
         return Choice(way="streams", size=measured[-1], beside=measured[-1])
 

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from sweeper.worker.compiling import going_by
 from sweeper.worker.work import Work
 
 if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial needs it
@@ -48,26 +49,33 @@ def fuses_by_itself(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def measured_choice(worker: Worker, config: TrialConfig, device: torch.device) -> Choice:
+def measured_choice(
+    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device
+) -> Choice:
     """The way and the number that are the fastest for this structure on this device."""
-    from sweeper.training import Compiling
     from sweeper.training.cohort import best_way
 
-    settings = worker.settings
     return best_way(
         config,
         dataset=worker.loaded(config),
         device=device,
-        file=settings.cohort_sizes,
-        compiling=Compiling(measured=settings.compile_gains, code=settings.compiled_code),
+        file=worker.settings.cohort_sizes,
+        compiling=going_by(worker.settings, study.spec),
     )
 
 
-def known_choice(worker: Worker, config: TrialConfig, device: torch.device) -> Choice | None:
+def known_choice(
+    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device
+) -> Choice | None:
     """As :func:`measured_choice` where it was measured before, else None."""
     from sweeper.training.cohort import known_way
 
-    return known_way(config, device=device, file=worker.settings.cohort_sizes)
+    return known_way(
+        config,
+        device=device,
+        file=worker.settings.cohort_sizes,
+        compiling=going_by(worker.settings, study.spec),
+    )
 
 
 @dataclass(kw_only=True)
@@ -133,10 +141,10 @@ class Cohorts:
             return Choice(way="cohort", size=wanted, beside=wanted)
         chosen = self._chosen.setdefault(study.id, {})
         kind, device = structure(config), best_device()
-        found = chosen.get(kind) or known_choice(self.worker, config, device)
+        found = chosen.get(kind) or known_choice(self.worker, study, config, device)
         if found is None and chosen and not (measure and len(chosen) < _MEASURED_AT_MOST):
             return list(chosen.values())[-1]
-        chosen[kind] = found or measured_choice(self.worker, config, device)
+        chosen[kind] = found or measured_choice(self.worker, study, config, device)
         return chosen[kind]
 
     def limit(self, kinds: Collection[str]) -> int | None:

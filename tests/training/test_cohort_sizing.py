@@ -12,8 +12,10 @@ import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset
+from sweeper.errors import UsageError
 from sweeper.training import Compiling
 from sweeper.training.cohort import Choice, Way, sizing
+from sweeper.training.cohort import choice as choice_module
 from sweeper.training.cohort.engine import CohortEngine
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ MakeDataset = Callable[..., Dataset]
 def test_the_smallest_number_that_no_larger_one_clearly_beats(
     rates: dict[int, float], size: int
 ) -> None:
-    assert sizing.chosen(rates) == size
+    assert choice_module.chosen(rates) == size
 
 
 @pytest.mark.parametrize(
@@ -52,9 +54,9 @@ def test_the_way_that_is_the_fastest_with_its_best_number(
     cohort: dict[int, float], streams: dict[int, float], choice: tuple[Any, int, int]
 ) -> None:
     way, size, beside = choice
-    found = sizing.chosen_way({"cohort": cohort, "streams": streams})
+    found = choice_module.chosen_way({"cohort": cohort, "streams": streams})
     assert found == Choice(way=way, size=size, beside=beside)
-    alone = sizing.chosen_way({"streams": streams})
+    alone = choice_module.chosen_way({"streams": streams})
     assert alone.size == alone.beside == found.beside
 
 
@@ -87,7 +89,7 @@ def test_it_is_measured_once_and_remembered(
     with pytest.raises(RuntimeError, match="measured again"):
         wider = make_config({"name": "mlp", "width": 9})
         sizing.best_way(wider, dataset=dataset, device=CPU, file=file)
-    file.write_text(json.dumps({sizing._key(wider, CPU): {"size": 4, "samples_per_s": {}}}))
+    file.write_text(json.dumps({choice_module._key(wider, CPU): {"size": 4, "samples_per_s": {}}}))
     with pytest.raises(RuntimeError, match="measured again"):  # from before there were two ways
         sizing.best_way(wider, dataset=dataset, device=CPU, file=file)
 
@@ -212,3 +214,126 @@ def test_what_does_not_work_for_several_is_no_harm_to_one(
     )
     assert {way: set(found) for way, found in rates.items()} == {"cohort": {1}, "streams": {1, 2}}
     assert "2 trials at once (cohort) do not work: no such kernel" in caplog.text
+
+
+PLAIN: dict[Way, dict[int, float]] = {
+    "cohort": {1: 1.0, 4: 1.5, 16: 1.6},
+    "streams": {1: 1.0, 4: 2.4},
+}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "choice"),
+    [
+        ({1: 1.8, 4: 2.2, 16: 3.4}, ("cohort", 16, 4)),
+        ({1: 1.8, 4: 2.5}, ("streams", 4, 4)),  # no faster by what makes it worth it
+        ({1: 9.0, 4: 8.0}, ("streams", 4, 4)),
+        ({}, ("streams", 4, 4)),
+        (None, ("streams", 4, 4)),
+    ],
+)
+def test_a_compiled_cohort_has_to_beat_every_way_without(
+    compiled: dict[int, float] | None, choice: tuple[Way, int, int]
+) -> None:
+    way, size, beside = choice
+    measured = choice_module.Measured(rates=PLAIN, images=100, compiled=compiled)
+    assert measured.choice() == Choice(way="streams", size=4, beside=4)
+    assert measured.choice_compiled() == Choice(way=way, size=size, beside=beside)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Way]]]:
+    """What is measured, by ``train.compile``: 1 image a second alone, and PLAIN's or better."""
+    found: list[tuple[str, list[Way]]] = []
+
+    def measured(config: TrialConfig, *, ways: list[Way], **_: Any) -> dict[Way, dict[int, float]]:
+        found.append((config.train.compile, ways))
+        if config.train.compile == "on":
+            return {"cohort": {1: 1.8, 4: 2.2, 16: 3.4}}
+        return {way: PLAIN[way] for way in ways}
+
+    monkeypatch.setattr(sizing, "throughputs", measured)
+    monkeypatch.setattr(sizing, "lacking", lambda _: None)
+    return found
+
+
+def test_a_long_study_goes_by_compiled_cohorts_and_a_short_one_does_not_ask(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    asked: list[tuple[str, list[Way]]],
+) -> None:
+    """An image a second: 100 images, 3 epochs and a trial are 300 s. From 2,400 s on it is long."""
+    config = make_config({"name": "mlp", "width": 8}, epochs=3, compile="auto")
+    dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
+
+    def best(repeats: int) -> Choice:
+        how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=repeats)
+        return sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
+
+    short = Choice(way="streams", size=4, beside=4)
+    long = Choice(way="cohort", size=16, beside=4)
+    assert best(repeats=7) == short
+    assert asked == [("auto", ["cohort", "streams"])]
+    assert best(repeats=8) == long
+    assert asked[1:] == [("on", ["cohort"])]
+    assert [best(repeats=7), best(repeats=80)] == [short, long]
+    assert len(asked) == 2
+
+
+def test_cohorts_that_cannot_be_compiled_are_tried_once(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    asked: list[tuple[str, list[Way]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure = sizing.throughputs
+
+    def failing(config: TrialConfig, **further: Any) -> Any:
+        found = measure(config, **further)
+        if config.train.compile == "on":
+            raise UsageError("train.compile: on cannot be done: no")
+        return found
+
+    monkeypatch.setattr(sizing, "throughputs", failing)
+    config = make_config({"name": "mlp", "width": 8}, epochs=3, compile="auto")
+    dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=100)
+    for _ in range(2):
+        choice = sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
+        assert choice == Choice(way="streams", size=4, beside=4)
+    assert len(asked) == 2
+
+
+def test_what_fits_into_no_cohort_is_not_compiled_for_one(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    asked: list[tuple[str, list[Way]]],
+) -> None:
+    config = make_config(optimizer={"name": "rmsprop"}, epochs=3, compile="auto")
+    dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=100)
+    sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
+    assert asked == [("auto", ["streams"])]
+
+
+@pytest.mark.skipif(
+    sizing.lacking(CPU) is not None, reason=f"it cannot be compiled here: {sizing.lacking(CPU)}"
+)
+def test_compiled_cohorts_are_really_measured(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sizing, "SIZES", (1, 2))
+    monkeypatch.setattr(choice_module, "TRY_S", {"cpu": 0.0})
+    config = make_config({"name": "mlp", "width": 8, "dropout": 0.1}, compile="auto")
+    file = tmp_path / "cohorts.json"
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code")
+    sizing.best_way(config, dataset=make_dataset(config), device=CPU, file=file, compiling=how)
+    (kept,) = json.loads(file.read_text()).values()
+    assert set(kept["compiled"]) == {"1", "2"}
+    assert all(rate > 0 for rate in kept["compiled"].values())

@@ -3,12 +3,13 @@
 ``rules`` say which trials fit together, ``members`` are what a worker sees, ``engine`` trains them
 by a step that ``ready`` captures and compiles, with the update rules of ``optimizer``, the random
 streams of ``noise``, the ``losses`` and the matrices of ``state``. ``sizing`` measures how many at
-once are the fastest, as a cohort or side by side (`sweeper.training.crew`).
+once are the fastest, as a cohort or side by side (`sweeper.training.crew`); ``choice`` remembers.
 """
 
+from sweeper.training.cohort.choice import Choice, known_way
 from sweeper.training.cohort.members import Cohort, Member
 from sweeper.training.cohort.rules import Way, structure, why_alone, why_not_beside
-from sweeper.training.cohort.sizing import Choice, best_way, known_way
+from sweeper.training.cohort.sizing import best_way
 
 __all__ = [
     "Choice",

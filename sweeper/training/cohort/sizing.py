@@ -1,5 +1,5 @@
 """How many trials at once, and in which way, are the fastest for a structure on a device: measured
-once, remembered.
+once; `sweeper.training.cohort.choice` remembers it.
 
 Copies of the configuration are trained on a few batches of its own data set, as a cohort and in
 lanes of their own (`sweeper.training.lanes`), for growing numbers, until more bring nothing or
@@ -11,24 +11,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import json
 import logging
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Final
 
 import torch
 
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
+from sweeper.errors import UsageError
 from sweeper.training.capture import CaptureError
+from sweeper.training.cohort.choice import (
+    Choice,
+    Measured,
+    Rates,
+    device_name,
+    known_way,
+    recalled,
+    remember,
+)
 from sweeper.training.cohort.engine import CohortEngine
-from sweeper.training.cohort.rules import Way, structure, why_alone
-from sweeper.training.compiling import Compiling
+from sweeper.training.cohort.rules import Way, why_alone
+from sweeper.training.compiling import Compiling, lacking
 from sweeper.training.engine import Engine
 from sweeper.training.lanes import Lane, all_done
 from sweeper.training.network import Pass
@@ -38,25 +45,7 @@ SIZES: Final = (1, 4, 16, 64, 256)
 _MOST_STREAMS: Final = 32
 """Torch has so many streams a device; more lanes would share them."""
 _BATCHES: Final = 20
-_WORTH: Final = 1.05
-"""More trials at once have to train so many times as fast as fewer; else fewer are better."""
 _MEMORY_SHARE: Final = 0.9
-
-Rates = Mapping[int, float]
-"""Images a second, all trials together, by the number of trials at once."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """How trials of a structure train fastest on a device.
-
-    ``size`` of them at once in this ``way``. ``beside``: how many at once are the fastest in lanes
-    of their own, which is what counts beside trials of other structures; 1 where nothing is won.
-    """
-
-    way: Way
-    size: int
-    beside: int
 
 
 def best_way(
@@ -71,54 +60,60 @@ def best_way(
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
     read or written costs a measurement, never a trial. With ``train.compile: on`` cohorts are
-    compiled, one for every number that is tried, and lanes are not measured; with ``auto`` nothing
-    is compiled here, and the cohort that was chosen may be afterwards.
+    compiled, one for every number that is tried, and lanes are not measured. With ``auto`` and a
+    study that is long enough, cohorts are measured both ways.
     """
-    known = known_way(config, device=device, file=file)
+    known = known_way(config, device=device, file=file, compiling=compiling)
     if known is not None:
         return known
+    measured = recalled(config, device=device, file=file) or Measured(
+        rates=_plain(config, dataset, device, compiling), images=len(dataset.train)
+    )
+    choice = measured.choice()
+    if (
+        config.train.compile == "auto"
+        and compiling is not None
+        and measured.is_long(config, compiling, device)
+    ):
+        compiled = _compiled(config, dataset, device, compiling)
+        measured = replace(measured, compiled=compiled)
+        choice = measured.choice_compiled()
+    _log.info("taken: %s, %d at once", choice.way, choice.size)
+    remember(config, measured, device=device, file=file)
+    return choice
+
+
+def _plain(
+    config: TrialConfig, dataset: Dataset, device: torch.device, compiling: Compiling | None
+) -> Mapping[Way, Rates]:
+    """Every way, as the configuration has it."""
     ways: list[Way] = ["streams"] if why_alone(config, device) else ["cohort", "streams"]
     if config.train.compile == "on":
         ways = ways[:1]  # every lane would compile its own step
     rates = throughputs(config, dataset=dataset, device=device, ways=ways, compiling=compiling)
-    choice = chosen_way(rates)
     for way, found in rates.items():
-        text = ", ".join(f"{k}: {rate:,.0f}" for k, rate in found.items())
-        name = _device_name(device)
-        _log.info("trials at once on %s by %s, images a second in all: %s", name, way, text)
-    _log.info("taken: %s, %d at once", choice.way, choice.size)
-    entry = {**asdict(choice), "samples_per_s": rates}
-    _write(file, {**_read(file), _key(config, device): entry})
-    return choice
+        _say(f"by {way}", found, device)
+    return rates
 
 
-def known_way(config: TrialConfig, *, device: torch.device, file: Path) -> Choice | None:
-    """What was measured for the structure before, or None."""
-    found = _read(file).get(_key(config, device), {})
+def _compiled(config: TrialConfig, dataset: Dataset, device: torch.device, how: Compiling) -> Rates:
+    """Compiled cohorts; nothing where that cannot be done."""
+    if why_alone(config, device) or lacking(device):
+        return {}
+    on = config.model_copy(update={"train": config.train.model_copy(update={"compile": "on"})})
     try:
-        way, size, beside = found["way"], int(found["size"]), int(found["beside"])
-    except (KeyError, TypeError, ValueError):  # none, or written before there were several ways
-        return None
-    return Choice(way=way, size=size, beside=beside) if way in get_args(Way) else None
+        found = throughputs(on, dataset=dataset, device=device, ways=["cohort"], compiling=how)
+    except UsageError as error:
+        _log.warning("cohorts of this structure are not compiled: %s", error)
+        return {}
+    _say("by compiled cohort", found["cohort"], device)
+    return found["cohort"]
 
 
-def chosen_way(rates: Mapping[Way, Rates]) -> Choice:
-    """The way whose best number is the fastest; a cohort where both are equal."""
-    sizes = {way: chosen(found) for way, found in rates.items()}
-    beside = sizes.get("streams", 1)
-    best = max(sizes, key=lambda way: (rates[way].get(sizes[way], 0.0), way == "cohort"))
-    if sizes[best] == 1:
-        return Choice(way="alone", size=1, beside=1)
-    return Choice(way=best, size=sizes[best], beside=beside)
-
-
-def chosen(rates: Rates) -> int:
-    """The smallest number that no larger one beats by what makes it worth it."""
-    best = 1
-    for size in sorted(rates):
-        if rates[size] > rates.get(best, 0.0) * _WORTH:
-            best = size
-    return best
+def _say(way: str, rates: Rates, device: torch.device) -> None:
+    text = ", ".join(f"{k}: {rate:,.0f}" for k, rate in rates.items())
+    name = device_name(device)
+    _log.info("trials at once on %s %s, images a second in all: %s", name, way, text)
 
 
 def throughputs(
@@ -268,32 +263,6 @@ def _memory(device: torch.device) -> Iterator[list[float]]:
     finally:
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _key(config: TrialConfig, device: torch.device) -> str:
-    return f"{structure(config)} {_device_name(device)} torch {torch.__version__}"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
-        temporary.replace(file)
-    except OSError as error:
-        _log.warning("what was measured cannot be kept in %s: %s", file, error)
 
 
 def _nothing() -> None:

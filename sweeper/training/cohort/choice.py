@@ -1,0 +1,170 @@
+"""Which way to train several trials at once is the fastest: from what was measured, and remembered.
+
+Remembered by structure, device and torch's version. With ``train.compile: auto`` a study that is
+long enough goes by compiled cohorts as well, which are measured for the first such study.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+
+from sweeper.config import TrialConfig
+from sweeper.training.cohort.rules import Way, structure
+from sweeper.training.compiling import TRY_S, Compiling
+
+_log = logging.getLogger(__name__)
+_WORTH: Final = 1.05
+"""More trials at once have to train so many times as fast as fewer; else fewer are better."""
+_COMPILATIONS: Final = 4
+"""Compiled cohorts are measured from so many times as much training on as one step is compiled
+for: one is compiled for every number that is tried."""
+
+Rates = Mapping[int, float]
+"""Images a second, all trials together, by the number of trials at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How trials of a structure train fastest on a device.
+
+    ``size`` of them at once in this ``way``. ``beside``: how many at once are the fastest in lanes
+    of their own, which is what counts beside trials of other structures; 1 where nothing is won.
+    """
+
+    way: Way
+    size: int
+    beside: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What was measured for a structure on a device.
+
+    ``rates``: by way; one at a time is one trial alone. ``compiled``: of compiled cohorts, None
+    where they were not tried. ``images`` of an epoch.
+    """
+
+    rates: Mapping[Way, Rates]
+    images: int
+    compiled: Rates | None = None
+
+    def choice(self) -> Choice:
+        """The fastest without compiling; a cohort where ways are equal."""
+        return chosen_way(self.rates)
+
+    def choice_compiled(self) -> Choice:
+        """The fastest if a cohort may be compiled."""
+        plain, compiled = self.choice(), self.compiled or {}
+        size = chosen(compiled)
+        fastest = max((rate for found in self.rates.values() for rate in found.values()), default=0)
+        if compiled.get(size, 0.0) <= fastest * _WORTH or size == 1:
+            return plain
+        return replace(plain, way="cohort", size=size)
+
+    def is_long(self, config: TrialConfig, how: Compiling, device: torch.device) -> bool:
+        """Whether a study has enough training for compiling several times."""
+        alone = max((found.get(1, 0.0) for found in self.rates.values()), default=0.0)
+        if not alone:
+            return False
+        seconds = self.images * config.train.epochs * how.repeats / alone
+        return seconds >= _COMPILATIONS * TRY_S[device.type]
+
+
+def chosen_way(rates: Mapping[Way, Rates]) -> Choice:
+    """The way whose best number is the fastest; a cohort where both are equal."""
+    sizes = {way: chosen(found) for way, found in rates.items()}
+    beside = sizes.get("streams", 1)
+    best = max(sizes, key=lambda way: (rates[way].get(sizes[way], 0.0), way == "cohort"))
+    if sizes[best] == 1:
+        return Choice(way="alone", size=1, beside=1)
+    return Choice(way=best, size=sizes[best], beside=beside)
+
+
+def chosen(rates: Rates) -> int:
+    """The smallest number that no larger one beats by what makes it worth it."""
+    best = 1
+    for size in sorted(rates):
+        if rates[size] > rates.get(best, 0.0) * _WORTH:
+            best = size
+    return best
+
+
+def known_way(
+    config: TrialConfig, *, device: torch.device, file: Path, compiling: Compiling | None = None
+) -> Choice | None:
+    """What the ``file`` remembers for the structure, or None where that does not suffice."""
+    measured = recalled(config, device=device, file=file)
+    if measured is None:
+        return None
+    if config.train.compile != "auto" or compiling is None:
+        return measured.choice()
+    if not measured.is_long(config, compiling, device):
+        return measured.choice()
+    return None if measured.compiled is None else measured.choice_compiled()
+
+
+def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measured | None:
+    """What was measured for the structure before; None where that is nothing that makes sense."""
+    try:
+        found = _read(file)[_key(config, device)]
+        rates = {way: _rates(found["samples_per_s"][way]) for way in found["samples_per_s"]}
+        compiled = found["compiled"]
+        measured = Measured(
+            rates=rates,
+            images=int(found["images"]),
+            compiled=None if compiled is None else _rates(compiled),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return measured if rates and rates.keys() <= set(get_args(Way)) else None
+
+
+def remember(config: TrialConfig, measured: Measured, *, device: torch.device, file: Path) -> None:
+    """Keep it in ``file`` (JSON); one that cannot be written costs the next a measurement."""
+    entry = {
+        **asdict(measured.choice()),
+        "samples_per_s": measured.rates,
+        "compiled": measured.compiled,
+        "images": measured.images,
+    }
+    _write(file, {**_read(file), _key(config, device): entry})
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _key(config: TrialConfig, device: torch.device) -> str:
+    return f"{structure(config)} {device_name(device)} torch {torch.__version__}"
+
+
+def _rates(found: Mapping[str, Any]) -> dict[int, float]:
+    return {int(size): float(rate) for size, rate in found.items()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+        temporary.replace(file)
+    except OSError as error:
+        _log.warning("what was measured cannot be kept in %s: %s", file, error)
