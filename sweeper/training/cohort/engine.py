@@ -229,8 +229,13 @@ class CohortEngine:
             self._noise.prepare(size, self._dataset.shape)
 
     def _shuffle(self, seeds: Sequence[int]) -> None:
+        places: dict[int, list[int]] = {}
         for k, seed in enumerate(seeds):
-            self._order_KN[k].copy_(drawn_order(len(self.inputs), seed))
+            places.setdefault(seed, []).append(k)
+        for seed, rows in places.items():  # most studies have one seed: it is drawn once
+            order_N = drawn_order(len(self.inputs), seed).to(self._device)
+            for k in rows:
+                self._order_KN[k].copy_(order_N)
         self._rewind()
 
     def _rewind(self) -> None:
