@@ -82,6 +82,8 @@ def test_output_that_cannot_be_written_is_said() -> None:
 
 def test_ctrl_c_ends_the_wait_for_a_thread() -> None:
     program = (
+        "import signal\n"  # a shell lets what it runs in the background ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Thread(target=time.sleep, args=(50,)).start()\n"
         "print('waiting', flush=True)\nend_process(SystemExit(0))"
     )
