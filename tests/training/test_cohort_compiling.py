@@ -175,6 +175,32 @@ def test_fewer_trials_at_the_end_are_not_worth_a_thought(
     assert sorted(key.split()[0] for key in remembered(how)) == ["4", "5"]
 
 
+def test_a_refill_that_brings_other_code_has_it_compiled(
+    bench: Bench,
+    how: Compiling,
+    step_s: Callable[[float, float], list[bool]],
+    uncompiled: list[Losses],
+) -> None:
+    """The first two drop nothing and smooth nothing, the third does both."""
+    step_s(2.0, 1.0)
+    first = bench.config(0, varied(0, "adamw"), compile="auto")
+    cohort = bench.cohort(first, how)
+    leaving, staying = cohort.join(first), cohort.join(first)
+    history: dict[Member, list[Measurement]] = {staying: []}
+    history[staying].append(dict(cohort.epoch())[staying])
+    assert cohort._open().is_compiled
+    leaving.close()
+    history[cohort.join(bench.config(1, varied(1, "sgd"), compile="auto"))] = []
+    train(cohort, history, epochs=2)
+    assert cohort._open().is_compiled
+    assert len(uncompiled) == 2
+    (other,) = [member for member in history if member is not staying]
+    staying.close()
+    history.pop(staying)
+    train(cohort, history)
+    assert_all_as_alone(bench, {other: history[other]})
+
+
 def test_memory_that_suffices_only_without_is_no_reason_to_train_fewer(
     bench: Bench,
     how: Compiling,

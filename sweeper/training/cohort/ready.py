@@ -162,7 +162,7 @@ class ReadyCohort:
     def drop_compiled(self, *, most: int = 0) -> None:
         """Forget what was compiled: the slots need not stay as many any more.
 
-        ``most`` slots are known to be too few to think of compiling again.
+        Fewer slots than ``most`` are too few to think of compiling again.
         """
         self.drop_graph()
         self._compiled = self._code = None
@@ -176,7 +176,7 @@ class ReadyCohort:
             return "not used: there is no home folder that knows whether it repays"
         if reason := lacking(self._device):
             return f"not used: {reason}"
-        if slots <= self._most:
+        if slots < self._most:
             return "not used: there were more trials in the batch before, and few are to come"
         self._most = slots
         return decide(
