@@ -50,4 +50,12 @@ def test_workers_of_a_home_folder_share_what_they_measured_and_compiled(tmp_path
     how = going_by(Settings.resolve(home=tmp_path, environment={}), study({"train.seed": [0, 1]}))
     assert how.measured == tmp_path / "compiled.json"
     assert how.code == tmp_path / "compiled"
-    assert how.repeats == 12
+    assert how.repeats == how.together == 12
+
+
+def test_rates_of_dropout_change_the_program_of_a_trial_and_not_that_of_a_cohort(
+    tmp_path: Path,
+) -> None:
+    parameters = {"model.dropout": [0.1, 0.2, 0.3], "train.seed": [0, 1]}
+    how = going_by(Settings.resolve(home=tmp_path, environment={}), study(parameters))
+    assert (how.repeats, how.together) == (4, 12)

@@ -24,12 +24,13 @@ def end_process(asked: SystemExit) -> NoReturn:
     code = _number(asked.code)
     try:
         threading._shutdown()  # type: ignore[attr-defined] # as multiprocessing does
-        atexit._run_exitfuncs()
     except KeyboardInterrupt:  # somebody does not want to wait for a thread
         code = _INTERRUPTED
-    for stream in (sys.stdout, sys.stderr):
-        code = code or _written_out(stream)
-    os._exit(code)
+    except BaseException:  # noqa: BLE001 - a signal's handler of ours: nor does whoever sent it
+        pass
+    atexit._run_exitfuncs()
+    failed = [_written_out(stream) for stream in (sys.stdout, sys.stderr)]
+    os._exit(code or max(failed))
 
 
 def _number(code: Any) -> int:

@@ -188,8 +188,8 @@ def _open_sqlite(address: URL) -> RDBStorage:
     event.listen(backend.engine, "begin", _begin)
     backend.engine.dispose()  # connections made before the listeners
     create_own_tables(backend.engine)
-    # Also as the process ends: whoever closes the last connection has all that is beside the file
-    # written into it, and the file alone is the whole store then.
+    # Also where the process ends in order: whoever closes the last connection has all that is
+    # beside the file written into it, and the file alone is the whole store then.
     weakref.finalize(backend, backend.engine.dispose)
     return backend
 

@@ -47,9 +47,10 @@ def create_file(database: Path, artifacts: str) -> None:
 
 def make_whole(database: Path) -> None:
     """Write into the SQLite file what is still beside it: a copy of the file is then all of it."""
+    there = f"{database.resolve().as_uri()}?mode=rw"  # and is not created where it is not
     with (
         contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(database, timeout=1.0)) as connection,
+        contextlib.closing(sqlite3.connect(there, uri=True, timeout=1.0)) as connection,
     ):
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 

@@ -91,11 +91,15 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         )
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more at its end
-    with contextlib.suppress(SystemExit):
+    failed = 0
+    try:
         server.run(sockets=[listener])
+    except SystemExit as asked:
+        failed = int(bool(asked.code))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not settings.on_postgres:
         make_whole(settings.home / "mlflow.db")
-    os._exit(0)  # Python would take seconds to tidy up
+    os._exit(failed)  # Python would take seconds to tidy up
 
 
 def _without_assistant(app: Any) -> Any:

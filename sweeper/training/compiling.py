@@ -65,18 +65,24 @@ class CompileError(SweeperError):
     """The model cannot be compiled."""
 
 
+class NoRoomError(CompileError):
+    """There is not enough memory to compile it now; there may be another time."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiling:
     """What ``train.compile`` goes by in a worker.
 
     ``measured`` is the file with what compiling gave and cost, ``code`` the folder with compiled
     code that all workers of a home share, and ``repeats`` the number of trials of the study that
-    run the very same program, this one included.
+    run the very same program, this one included. ``together`` is the number of those that fit into
+    one cohort, where rates of dropout are no part of the program.
     """
 
     measured: Path
     code: Path
     repeats: int = 1
+    together: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +157,8 @@ def _first(
     try:
         gain = _compared(step)
     except CompileError as error:
-        remember(how.measured, key, replace(gain, failed=str(error)))
+        if not isinstance(error, NoRoomError):
+            remember(how.measured, key, replace(gain, failed=str(error)))
         _log.warning("train.compile: auto trains without: %s", error)
         return f"not used: {error}"
     remember(how.measured, key, gain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from sweeper.settings import Settings
@@ -22,18 +23,22 @@ def going_by(settings: Settings, spec: StudySpec) -> Compiling:
     from sweeper.training import Compiling
 
     return Compiling(
-        measured=settings.compile_gains, code=settings.compiled_code, repeats=repeats(spec)
+        measured=settings.compile_gains,
+        code=settings.compiled_code,
+        repeats=repeats(spec),
+        together=repeats(spec, same=FUSIBLE),
     )
 
 
-def repeats(spec: StudySpec) -> int:
+def repeats(spec: StudySpec, *, same: Collection[str] = _SAME_PROGRAM) -> int:
     """How many trials of the study run the same program as any one of them, in the mean.
 
-    The budget, spread over every combination of what changes the program; 1 where such a
-    parameter is continuous. All workers together: they share what one of them has compiled.
+    The budget, spread over every combination of what changes the program, which the paths ``same``
+    do not; 1 where such a parameter is continuous. All workers together: they share what one of
+    them has compiled.
     """
     planned = plan(spec)
-    counts = [each.count for each in planned.parameters if each.path not in _SAME_PROGRAM]
+    counts = [each.count for each in planned.parameters if each.path not in same]
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
         return 1

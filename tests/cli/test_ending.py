@@ -1,5 +1,6 @@
 """How a process of ours ends: nothing that was begun is lost, and Python does not tidy up."""
 
+import json
 import os
 import signal
 import subprocess
@@ -42,6 +43,28 @@ def test_threads_exit_functions_and_buffers_are_seen_to() -> None:
     )
     assert found.stdout == "pool\nbufferedthread\nexit function\n"
     assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("asked", ["0", "1", "130", "'no'"])
+def test_output_is_written_out_whatever_the_code(asked: str) -> None:
+    found = ended(f"print('a result', end='')\nend_process(SystemExit({asked}))")
+    assert found.stdout == "a result"
+
+
+def test_a_signal_of_ours_ends_the_wait_and_keeps_the_code() -> None:
+    """A worker's handler raises what is no Exception; exit functions are called all the same."""
+    found = ended(
+        "import signal\n"
+        "class Now(BaseException): pass\n"
+        "def stop(*_): raise Now\n"
+        "signal.signal(signal.SIGALRM, stop)\nsignal.alarm(1)\n"
+        "atexit.register(print, 'exit function')\n"
+        "threading.Thread(target=time.sleep, args=(50,)).start()\n"
+        "end_process(SystemExit(3))"
+    )
+    assert (found.returncode, found.stdout) == (3, "exit function\n")
+    if sys.version_info < (3, 13):  # from then on Python itself says what came in between
+        assert found.stderr == ""
 
 
 def test_python_does_not_take_the_process_apart() -> None:
@@ -98,7 +121,10 @@ def test_ctrl_c_ends_the_wait_for_a_thread() -> None:
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (130, "")
+    if sys.version_info < (3, 13):
+        assert (process.returncode, said) == (130, "")
+    else:  # Python itself ends the wait, says so, and goes on
+        assert process.returncode == 0
 
 
 def test_the_program_ends_so(tmp_path: Path) -> None:
@@ -118,3 +144,19 @@ def test_the_program_ends_so(tmp_path: Path) -> None:
     )
     assert bad.returncode == 2
     assert "must be readable" in bad.stderr
+
+
+def test_a_result_reaches_a_pipe_with_any_code(tmp_path: Path) -> None:
+    """``validate --json`` of a file with a mistake: code 2, and JSON that says where."""
+    file = tmp_path / "bad.yaml"
+    file.write_text("name: bad\nmodel: {name: mpl}\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "sweeper", "validate", "--json", str(file)],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert json.loads(found.stdout)

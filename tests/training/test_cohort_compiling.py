@@ -30,7 +30,7 @@ def bench(make_config: MakeConfig, make_dataset: MakeDataset) -> Bench:
 @pytest.fixture
 def how(tmp_path: Path) -> Compiling:
     """A study long enough for anything to repay."""
-    return Compiling(measured=tmp_path / "gains.json", code=tmp_path / "code", repeats=10_000)
+    return Compiling(measured=tmp_path / "gains.json", code=tmp_path / "code", together=10_000)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_study_that_is_short_costs_one_timing(
 ) -> None:
     """30 steps an epoch and trial, 3 epochs, 40 trials, 2 of them at once: 600 common steps."""
     timed = step_s(0.5, 0.1)
-    short = Compiling(measured=how.measured, code=how.code, repeats=40)
+    short = Compiling(measured=how.measured, code=how.code, together=40)
     cohort, history = joined(bench, short, "adamw", "sgd")
     train(cohort, history)
     assert timed == [False]
@@ -194,6 +194,7 @@ def test_a_refill_that_brings_other_code_has_it_compiled(
     train(cohort, history, epochs=2)
     assert cohort._open().is_compiled
     assert len(uncompiled) == 2
+    assert len(remembered(how)) == 2  # smoothed and not
     (other,) = [member for member in history if member is not staying]
     staying.close()
     history.pop(staying)
@@ -212,9 +213,36 @@ def test_memory_that_suffices_only_without_is_no_reason_to_train_fewer(
     def too_much(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(ready_module, "compiled", lambda _: too_much)
+    with monkeypatch.context() as patch:
+        patch.setattr(ready_module, "compiled", lambda _: too_much)
+        cohort, history = joined(bench, how, "adamw", "sgd")
+        train(cohort, history, epochs=3)
+    assert not cohort._open().is_compiled
+    assert "not enough memory" in cohort._open().compiled
+    assert_all_as_alone(bench, history)
+    monkeypatch.setattr(ready_module, "compiled", lambda losses: lambda *given: losses(*given))
+    again, more = joined(bench, how, "adamw", "sgd")
+    train(again, more)
+    assert again._open().is_compiled  # it is not held against the next
+
+
+def test_memory_too_small_for_the_compiled_step_is_none_for_the_plain_one(
+    bench: Bench,
+    how: Compiling,
+    monkeypatch: pytest.MonkeyPatch,
+    uncompiled: list[Losses],
+) -> None:
+    """It is found out when the step is timed, not when it is compiled."""
+
+    def timed(run: Any, back: Any, device: torch.device) -> float:
+        if cohort._open().is_compiled:
+            raise torch.OutOfMemoryError("no room")
+        return 2.0
+
+    monkeypatch.setattr(ready_module, "fastest", timed)
     cohort, history = joined(bench, how, "adamw", "sgd")
     train(cohort, history, epochs=3)
+    assert len(uncompiled) == 1
     assert not cohort._open().is_compiled
     assert "not enough memory" in cohort._open().compiled
     assert_all_as_alone(bench, history)

@@ -175,6 +175,22 @@ def test_lanes_are_not_measured_where_each_would_compile_its_own_step(
     assert {kept for _, kept in asked} == {how}
 
 
+def test_a_size_that_cannot_be_compiled_ends_the_search_and_no_trial(
+    make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(*arguments: Any) -> float:
+        if arguments[3] == 16:
+            raise UsageError("train.compile: on cannot be done: too many")
+        return 1.0
+
+    monkeypatch.setattr(sizing, "_seconds", seconds)
+    config = make_config(compile="on")
+    rates = sizing.throughputs(
+        config, dataset=make_dataset(config), device=CPU, ways=["cohort"], sizes=(1, 4, 16, 64)
+    )
+    assert list(rates["cohort"]) == [1, 4]
+
+
 def test_slower_sizes_end_the_search(
     make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +243,7 @@ PLAIN: dict[Way, dict[int, float]] = {
     [
         ({1: 1.8, 4: 2.2, 16: 3.4}, ("cohort", 16, 4)),
         ({1: 1.8, 4: 2.5}, ("streams", 4, 4)),  # no faster by what makes it worth it
-        ({1: 9.0, 4: 8.0}, ("streams", 4, 4)),
+        ({1: 9.0, 4: 8.0}, ("alone", 1, 1)),
         ({}, ("streams", 4, 4)),
         (None, ("streams", 4, 4)),
     ],
@@ -268,20 +284,24 @@ def test_a_long_study_goes_by_compiled_cohorts_and_a_short_one_does_not_ask(
     dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
 
     def best(repeats: int) -> Choice:
-        how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=repeats)
+        how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", together=repeats)
         return sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
 
     short = Choice(way="streams", size=4, beside=4)
     long = Choice(way="cohort", size=16, beside=4)
     assert best(repeats=7) == short
-    assert asked == [("auto", ["cohort", "streams"])]
+    assert asked == [("off", ["cohort", "streams"])]
     assert best(repeats=8) == long
     assert asked[1:] == [("on", ["cohort"])]
     assert [best(repeats=7), best(repeats=80)] == [short, long]
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize(
+    "error", [UsageError("train.compile: on cannot be done"), RuntimeError("no such kernel")]
+)
 def test_cohorts_that_cannot_be_compiled_are_tried_once(
+    error: Exception,
     make_config: MakeConfig,
     make_dataset: MakeDataset,
     tmp_path: Path,
@@ -293,13 +313,13 @@ def test_cohorts_that_cannot_be_compiled_are_tried_once(
     def failing(config: TrialConfig, **further: Any) -> Any:
         found = measure(config, **further)
         if config.train.compile == "on":
-            raise UsageError("train.compile: on cannot be done: no")
+            raise error
         return found
 
     monkeypatch.setattr(sizing, "throughputs", failing)
     config = make_config({"name": "mlp", "width": 8}, epochs=3, compile="auto")
     dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
-    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=100)
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", together=100)
     for _ in range(2):
         choice = sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
         assert choice == Choice(way="streams", size=4, beside=4)
@@ -314,9 +334,9 @@ def test_what_fits_into_no_cohort_is_not_compiled_for_one(
 ) -> None:
     config = make_config(optimizer={"name": "rmsprop"}, epochs=3, compile="auto")
     dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
-    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", repeats=100)
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", together=100)
     sizing.best_way(config, dataset=dataset, device=CPU, file=file, compiling=how)
-    assert asked == [("auto", ["streams"])]
+    assert asked == [("off", ["streams"])]
 
 
 @pytest.mark.skipif(

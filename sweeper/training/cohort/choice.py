@@ -62,12 +62,14 @@ class Measured:
         return chosen_way(self.rates)
 
     def choice_compiled(self) -> Choice:
-        """The fastest if a cohort may be compiled."""
+        """The fastest if a cohort, or a trial alone, may be compiled."""
         plain, compiled = self.choice(), self.compiled or {}
         size = chosen(compiled)
         fastest = max((rate for found in self.rates.values() for rate in found.values()), default=0)
-        if compiled.get(size, 0.0) <= fastest * _WORTH or size == 1:
+        if compiled.get(size, 0.0) <= fastest * _WORTH:
             return plain
+        if size == 1:
+            return Choice(way="alone", size=1, beside=1)
         return replace(plain, way="cohort", size=size)
 
     def is_long(self, config: TrialConfig, how: Compiling, device: torch.device) -> bool:
@@ -75,7 +77,7 @@ class Measured:
         alone = max((found.get(1, 0.0) for found in self.rates.values()), default=0.0)
         if not alone:
             return False
-        seconds = self.images * config.train.epochs * how.repeats / alone
+        seconds = self.images * config.train.epochs * how.together / alone
         return seconds >= _COMPILATIONS * TRY_S[device.type]
 
 
@@ -129,7 +131,10 @@ def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measur
 
 
 def remember(config: TrialConfig, measured: Measured, *, device: torch.device, file: Path) -> None:
-    """Keep it in ``file`` (JSON); one that cannot be written costs the next a measurement."""
+    """Keep it in ``file`` (JSON); one that cannot be written costs the next a measurement.
+
+    With what follows from it, for people.
+    """
     entry = {
         **asdict(measured.choice()),
         "samples_per_s": measured.rates,

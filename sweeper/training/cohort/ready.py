@@ -7,9 +7,10 @@ leave no trace in the numbers of the members.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,6 +23,7 @@ from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.compiling import (
     CompileError,
     Compiling,
+    NoRoomError,
     compiled,
     decide,
     lacking,
@@ -91,8 +93,9 @@ class ReadyCohort:
         self._step, self._eager, self._undo = step, losses, undo
         self._how = how
         self._built: Built
-        self._compiled: Losses | None = None
+        self._made: dict[Hashable, Losses] = {}
         self._code: Hashable = None
+        self._slots = 0
         self._most = 0
         self._captured: Hashable = None
         self.losses: Losses = losses
@@ -113,10 +116,11 @@ class ReadyCohort:
         """
         self._built = built
         if not self._full:
+            self.captured = self.compiled = "not used: the training images do not fill one batch"
             return
         other = self._code != built.code
         if other:
-            self.drop_compiled(most=self._most)
+            self._forget_code(built.slots)
         if other and self._config.train.compile == "on":
             try:
                 self.compiled = f"compiled in {self._compile():.1f} s"
@@ -134,10 +138,8 @@ class ReadyCohort:
     def compile(self) -> float:
         """See :meth:`sweeper.training.compiling.Rehearsed.compile`."""
         began = time.perf_counter()
-        try:
+        with self._plain_where_it_fails():
             self._compile()
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise CompileError(_NO_MEMORY) from error
         self._capture()
         synchronize(self._device)
         return time.perf_counter() - began
@@ -151,7 +153,8 @@ class ReadyCohort:
     def step_s(self) -> float:
         """See :meth:`sweeper.training.compiling.Rehearsed.step_s`: the fastest of a few."""
         run = self.graph.replay if self.graph is not None else self._step
-        return fastest(run, self._undo, self._device)
+        with self._plain_where_it_fails() if self.is_compiled else contextlib.nullcontext():
+            return fastest(run, self._undo, self._device)
 
     def drop_graph(self) -> None:
         """Free the CUDA graph; the next epoch captures a new one."""
@@ -159,15 +162,34 @@ class ReadyCohort:
             self.graph.close()
         self.graph = self._captured = None
 
-    def drop_compiled(self, *, most: int = 0) -> None:
-        """Forget what was compiled: the slots need not stay as many any more.
-
-        Fewer slots than ``most`` are too few to think of compiling again.
-        """
+    def drop_compiled(self) -> None:
+        """Forget what was compiled: the slots need not stay as many any more."""
         self.drop_graph()
-        self._compiled = self._code = None
+        self._made.clear()
+        self._code, self._most = None, 0
         self.losses = self._eager
-        self._most = most
+
+    def _forget_code(self, slots: int) -> None:
+        """Run plain again; code for another number of slots is never needed any more."""
+        self.drop_graph()
+        if slots != self._slots:
+            self._made.clear()
+        self._slots = slots
+        self._code = None
+        self.losses = self._eager
+
+    @contextlib.contextmanager
+    def _plain_where_it_fails(self) -> Iterator[None]:
+        """Run plain after an error. Raises NoRoomError for memory that does not suffice."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._undo()
+            self.plain()
+            raise NoRoomError(_NO_MEMORY) from error
+        except BaseException:
+            self.plain()
+            raise
 
     def _decided(self) -> str:
         """Compile where that repays (``train.compile: auto``); what came of it."""
@@ -181,11 +203,18 @@ class ReadyCohort:
         self._most = slots
         return decide(
             self,
-            key=f"{slots} x {program(self._typical(), self._shape, self._device)}",
+            key=self._key(),
             steps=self._full * self._config.train.epochs,
-            how=replace(how, repeats=max(1, how.repeats // slots)),
+            how=replace(how, repeats=max(1, how.together // slots)),
             device_type=self._device.type,
         )
+
+    def _key(self) -> str:
+        """What two cohorts share that run the same compiled code, the loss included."""
+        built, loss = self._built, self._config.train.loss
+        smooth = ", smoothed" if built.smooths else ""
+        which = program(self._typical(), self._shape, self._device)
+        return f"{built.slots} x {which} {loss}{smooth}"
 
     def _typical(self) -> TrialConfig:
         """The configuration that stands for all members: their rates of dropout are no code."""
@@ -199,8 +228,9 @@ class ReadyCohort:
         """Let the step run compiled; the seconds that took. Raises CompileError."""
         began = time.perf_counter()
         self.drop_graph()
-        if self._compiled is None:
-            faster = self.losses = compiled(self._eager)
+        made = self._made.get(self._built.code)
+        if made is None:
+            made = self.losses = compiled(self._eager)
             try:
                 with ready(self._how.code if self._how is not None else None):
                     self._step()
@@ -209,8 +239,8 @@ class ReadyCohort:
                 raise
             finally:
                 self._undo()
-            self._compiled = faster
-        self.losses = self._compiled
+            self._made[self._built.code] = made
+        self.losses = made
         return time.perf_counter() - began
 
     def _capture(self) -> None:

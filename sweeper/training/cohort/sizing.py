@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -90,6 +90,8 @@ def _plain(
     ways: list[Way] = ["streams"] if why_alone(config, device) else ["cohort", "streams"]
     if config.train.compile == "on":
         ways = ways[:1]  # every lane would compile its own step
+    else:
+        config = _compiling(config, "off")
     rates = throughputs(config, dataset=dataset, device=device, ways=ways, compiling=compiling)
     for way, found in rates.items():
         _say(f"by {way}", found, device)
@@ -100,14 +102,19 @@ def _compiled(config: TrialConfig, dataset: Dataset, device: torch.device, how: 
     """Compiled cohorts; nothing where that cannot be done."""
     if why_alone(config, device) or lacking(device):
         return {}
-    on = config.model_copy(update={"train": config.train.model_copy(update={"compile": "on"})})
+    on = _compiling(config, "on")
     try:
         found = throughputs(on, dataset=dataset, device=device, ways=["cohort"], compiling=how)
-    except UsageError as error:
+    except (UsageError, RuntimeError) as error:  # one alone cannot be
         _log.warning("cohorts of this structure are not compiled: %s", error)
         return {}
     _say("by compiled cohort", found["cohort"], device)
     return found["cohort"]
+
+
+def _compiling(config: TrialConfig, switch: Literal["on", "off"]) -> TrialConfig:
+    train = config.train.model_copy(update={"compile": switch})
+    return config.model_copy(update={"train": train})
 
 
 def _say(way: str, rates: Rates, device: torch.device) -> None:
@@ -178,7 +185,7 @@ def _rate(
     except (MemoryError, torch.OutOfMemoryError, CaptureError) as error:
         _log.info("%d trials at once (%s) do not fit: %s", size, way, error)
         return None, used[0]
-    except RuntimeError as error:
+    except (UsageError, RuntimeError) as error:  # UsageError: it cannot be compiled
         if way == "alone":
             raise
         _log.warning("%d trials at once (%s) do not work: %s", size, way, error)
