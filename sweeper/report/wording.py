@@ -65,7 +65,8 @@ def signed(name: str, value: float | None) -> str:
     """A difference of two values of the metric ``name``, always with its sign."""
     if value is None or math.isnan(value):
         return NOTHING
-    text = metric(name, abs(value))
+    # An accuracy's digits are those of what it is the difference of.
+    text = f"{abs(value):.4f}" if "accuracy" in name else metric(name, abs(value))
     if not any(digit in text for digit in "123456789"):
         return f"±{text}"
     return ("+" if value > 0 else "−") + text

@@ -32,7 +32,13 @@ def test_a_metric_has_the_digits_that_count(name: str, value: float | None, text
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0123, "+0.0123"), (-0.0123, "−0.0123"), (0.00000, "±0.0000"), (None, "–")],
+    [
+        (0.0123, "+0.0123"),
+        (-0.000836, "−0.0008"),
+        (0.00001, "±0.0000"),
+        (0.0, "±0.0000"),
+        (None, "–"),
+    ],
 )
 def test_a_difference_has_its_sign(value: float | None, text: str) -> None:
     assert wording.signed("test_accuracy", value) == text
