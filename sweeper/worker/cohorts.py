@@ -61,6 +61,7 @@ def measured_choice(
         device=device,
         file=worker.settings.cohort_sizes,
         compiling=going_by(worker.settings, study.spec),
+        stop=lambda: worker.signals.stopping,
     )
 
 

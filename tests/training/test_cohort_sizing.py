@@ -191,6 +191,33 @@ def test_a_size_that_cannot_be_compiled_ends_the_search_and_no_trial(
     assert list(rates["cohort"]) == [1, 4]
 
 
+def test_a_worker_that_is_to_end_measures_no_more_and_remembers_nothing(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The signal comes with the second number of the first way."""
+    sizes: list[int] = []
+
+    def seconds(*arguments: Any) -> float:
+        sizes.append(arguments[3])
+        return 1.0
+
+    monkeypatch.setattr(sizing, "_seconds", seconds)
+    config, file = make_config(), tmp_path / "cohorts.json"
+    choice = sizing.best_way(
+        config,
+        dataset=make_dataset(config),
+        device=CPU,
+        file=file,
+        stop=lambda: 4 in sizes,
+    )
+    assert choice == Choice(way="alone", size=1, beside=1)
+    assert sizes == [1, 4]
+    assert not file.exists()
+
+
 def test_slower_sizes_end_the_search(
     make_config: MakeConfig, make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

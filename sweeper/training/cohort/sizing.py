@@ -55,19 +55,21 @@ def best_way(
     device: torch.device,
     file: Path,
     compiling: Compiling | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Choice:
     """The way and the number with the most images a second in all.
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
     read or written costs a measurement, never a trial. With ``train.compile: on`` cohorts are
     compiled, one for every number that is tried, and lanes are not measured. With ``auto`` and a
-    study that is long enough, cohorts are measured both ways.
+    study that is long enough, cohorts are measured both ways. Where ``stop`` says so, nothing more
+    is measured and nothing remembered: one alone it is then.
     """
     known = known_way(config, device=device, file=file, compiling=compiling)
     if known is not None:
         return known
     measured = recalled(config, device=device, file=file) or Measured(
-        rates=_plain(config, dataset, device, compiling), images=len(dataset.train)
+        rates=_plain(config, dataset, device, compiling, stop), images=len(dataset.train)
     )
     choice = measured.choice()
     if (
@@ -75,16 +77,22 @@ def best_way(
         and compiling is not None
         and measured.is_long(config, compiling, device)
     ):
-        compiled = _compiled(config, dataset, device, compiling)
+        compiled = _compiled(config, dataset, device, compiling, stop)
         measured = replace(measured, compiled=compiled)
         choice = measured.choice_compiled()
+    if stop():
+        return Choice(way="alone", size=1, beside=1)
     _log.info("taken: %s, %d at once", choice.way, choice.size)
     remember(config, measured, device=device, file=file)
     return choice
 
 
 def _plain(
-    config: TrialConfig, dataset: Dataset, device: torch.device, compiling: Compiling | None
+    config: TrialConfig,
+    dataset: Dataset,
+    device: torch.device,
+    compiling: Compiling | None,
+    stop: Callable[[], bool],
 ) -> Mapping[Way, Rates]:
     """Every way, as the configuration has it."""
     ways: list[Way] = ["streams"] if why_alone(config, device) else ["cohort", "streams"]
@@ -92,19 +100,29 @@ def _plain(
         ways = ways[:1]  # every lane would compile its own step
     else:
         config = _compiling(config, "off")
-    rates = throughputs(config, dataset=dataset, device=device, ways=ways, compiling=compiling)
+    rates = throughputs(
+        config, dataset=dataset, device=device, ways=ways, compiling=compiling, stop=stop
+    )
     for way, found in rates.items():
         _say(f"by {way}", found, device)
     return rates
 
 
-def _compiled(config: TrialConfig, dataset: Dataset, device: torch.device, how: Compiling) -> Rates:
+def _compiled(
+    config: TrialConfig,
+    dataset: Dataset,
+    device: torch.device,
+    how: Compiling,
+    stop: Callable[[], bool],
+) -> Rates:
     """Compiled cohorts; nothing where that cannot be done."""
     if why_alone(config, device) or lacking(device):
         return {}
     on = _compiling(config, "on")
     try:
-        found = throughputs(on, dataset=dataset, device=device, ways=["cohort"], compiling=how)
+        found = throughputs(
+            on, dataset=dataset, device=device, ways=["cohort"], compiling=how, stop=stop
+        )
     except (UsageError, RuntimeError) as error:  # one alone cannot be
         _log.warning("cohorts of this structure are not compiled: %s", error)
         return {}
@@ -132,6 +150,7 @@ def throughputs(
     sizes: Sequence[int] | None = None,
     batches: int = _BATCHES,
     compiling: Compiling | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[Way, dict[int, float]]:
     """Images a second, all trials together, by way and number of trials at once.
 
@@ -150,7 +169,7 @@ def throughputs(
         before, size, share = alone, one, used
         for following in more:
             too_many = way == "streams" and following > _MOST_STREAMS
-            if too_many or share * following / size > _MEMORY_SHARE:
+            if stop() or too_many or share * following / size > _MEMORY_SHARE:
                 break
             rate, share = _rate(config, few, device, following, way, compiling)
             if rate is None:
