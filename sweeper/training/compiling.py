@@ -28,19 +28,19 @@ import logging
 import os
 import shutil
 import sys
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Protocol, TypeVar
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from sweeper.config import DataShape, TrialConfig
 from sweeper.errors import MissingExtraError, SweeperError
-from sweeper.private import private_folder, private_opener
+from sweeper.private import private_folder
 from sweeper.provenance import cpu_name
+from sweeper.training import remembered
 
 _log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -301,7 +301,7 @@ def program(config: TrialConfig, shape: DataShape, device: torch.device) -> str:
 
 def recalled(file: Path, key: str) -> Gain | None:
     """What is remembered of ``key``; None where that is nothing, or nothing that makes sense."""
-    found = _read(file).get(key)
+    found = remembered.read(file).get(key)
     try:
         gain = Gain(**found) if isinstance(found, dict) else None
         sound = gain is not None and gain.eager_s > 0 <= gain.compiled_s and gain.compile_s >= 0
@@ -311,21 +311,5 @@ def recalled(file: Path, key: str) -> Gain | None:
 
 
 def remember(file: Path, key: str, gain: Gain) -> None:
-    """Keep it in ``file`` (JSON, for its owner only); a file that cannot be written is no harm."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    content = {**_read(file), key: asdict(gain)}
-    try:
-        private_folder(file.parent)
-        with open(temporary, "w", encoding="utf-8", opener=private_opener) as stream:
-            json.dump(content, stream, indent=1, sort_keys=True)
-        temporary.replace(file)
-    except OSError as error:
-        _log.warning("what was measured cannot be kept in %s: %s", file, error)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """Keep it in ``file``; a file that cannot be written is no harm."""
+    remembered.keep(file, key, asdict(gain))

@@ -6,10 +6,6 @@ long enough goes by compiled cohorts as well, which are measured for the first s
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +14,10 @@ from typing import Any, Final, get_args
 import torch
 
 from sweeper.config import TrialConfig
+from sweeper.training import remembered
 from sweeper.training.cohort.rules import Way, structure
 from sweeper.training.compiling import TRY_S, Compiling
 
-_log = logging.getLogger(__name__)
 _WORTH: Final = 1.05
 """More trials at once have to train so many times as fast as fewer; else fewer are better."""
 _COMPILATIONS: Final = 4
@@ -117,7 +113,7 @@ def known_way(
 def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measured | None:
     """What was measured for the structure before; None where that is nothing that makes sense."""
     try:
-        found = _read(file)[_key(config, device)]
+        found = remembered.read(file)[_key(config, device)]
         rates = {way: _rates(found["samples_per_s"][way]) for way in found["samples_per_s"]}
         compiled = found["compiled"]
         measured = Measured(
@@ -131,7 +127,7 @@ def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measur
 
 
 def remember(config: TrialConfig, measured: Measured, *, device: torch.device, file: Path) -> None:
-    """Keep it in ``file`` (JSON); one that cannot be written costs the next a measurement.
+    """Keep it in ``file``; one that cannot be written costs the next a measurement.
 
     With what follows from it, for people.
     """
@@ -141,7 +137,7 @@ def remember(config: TrialConfig, measured: Measured, *, device: torch.device, f
         "compiled": measured.compiled,
         "images": measured.images,
     }
-    _write(file, {**_read(file), _key(config, device): entry})
+    remembered.keep(file, _key(config, device), entry)
 
 
 def device_name(device: torch.device) -> str:
@@ -155,21 +151,3 @@ def _key(config: TrialConfig, device: torch.device) -> str:
 
 def _rates(found: Mapping[str, Any]) -> dict[int, float]:
     return {int(size): float(rate) for size, rate in found.items()}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
-        temporary.replace(file)
-    except OSError as error:
-        _log.warning("what was measured cannot be kept in %s: %s", file, error)
