@@ -44,7 +44,8 @@ class MixerBlock(nn.Module):
         self.channel_mlp = mlp(width, config.channel_hidden)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        y_BNC: Tensor = self.token_mlp(self.token_norm(x_BNC).transpose(1, 2)).transpose(1, 2)
+        x_BCN = self.token_norm(x_BNC).transpose(1, 2).contiguous()
+        y_BNC: Tensor = self.token_mlp(x_BCN).transpose(1, 2)
         x_BNC = x_BNC + y_BNC if self.skip else y_BNC
         y_BNC = self.channel_mlp(self.channel_norm(x_BNC))
         return x_BNC + y_BNC if self.skip else y_BNC
