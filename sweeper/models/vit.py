@@ -32,15 +32,6 @@ def sinusoidal_encoding(length: int, width: int) -> Tensor:
     return encoding.to(torch.get_default_dtype())
 
 
-def _lowered(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype, in which a linear layer gives it already, but not under vmap:
-    there the bias is added in float32, for which there is no fast attention."""
-    kind = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with output projection: x_BTC -> x_BTC."""
 
@@ -52,7 +43,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        qkv_BT3ED = _lowered(self.qkv(x_BTC)).reshape(*x_BTC.shape[:2], 3, self.heads, -1)
+        qkv_BT3ED = self.qkv(x_BTC).reshape(*x_BTC.shape[:2], 3, self.heads, -1)
         q_BETD, k_BETD, v_BETD = qkv_BT3ED.permute(2, 0, 3, 1, 4).unbind(0)
         y_BETD = functional.scaled_dot_product_attention(q_BETD, k_BETD, v_BETD)
         y_BTC: Tensor = self.dropout(self.projection(y_BETD.transpose(1, 2).flatten(2)))

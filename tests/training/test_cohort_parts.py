@@ -1,11 +1,8 @@
-"""The parts of a cohort by themselves: which trials fit, update rules, random streams."""
+"""The parts of a cohort by themselves: which trials fit, random streams."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,13 +10,9 @@ import torch
 from torch import nn
 
 from sweeper.config import DataShape, TrialConfig
-from sweeper.config.optimizer import OptimizerConfig
 from sweeper.models import build
-from sweeper.optim import make_optimizer
 from sweeper.training.cohort import structure, why_alone, why_not_beside
 from sweeper.training.cohort.noise import Noise, rates_of
-from sweeper.training.cohort.optimizer import CohortOptimizer
-from sweeper.training.cohort.state import Layout, Numbers
 from sweeper.training.precision import precision_of
 
 CPU = torch.device("cpu")
@@ -78,73 +71,6 @@ def test_structure_tells_shapes_apart_and_nothing_else(make_config: MakeConfig) 
     ]
     assert {structure(config) for config in same} == {structure(plain)}
     assert len({structure(config) for config in [plain, *other]}) == len(other) + 1
-
-
-RULES: dict[str, dict[str, Any]] = {
-    "sgd": {"name": "sgd", "lr": 0.1},
-    "sgd, decayed": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
-    "momentum": {"name": "momentum", "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3},
-    "no momentum": {"name": "momentum", "lr": 0.05, "momentum": 0.0},
-    "nesterov": {"name": "nesterov", "lr": 0.05, "weight_decay": 1e-3, "clip_norm": 0.5},
-    "no nesterov": {"name": "nesterov", "lr": 0.05, "momentum": 0.0},
-    "adam": {"name": "adam", "lr": 0.02, "momentum": 0.3, "beta2": 0.9, "weight_decay": 0.01},
-    "adamw": {"name": "adamw", "lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "clip_norm": 2.0},
-}
-
-
-@pytest.fixture
-def triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The one-kernel update, run by Triton's interpreter."""
-    pytest.importorskip("triton", reason="this torch came without Triton")
-    name = "sweeper.training.cohort.fused"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module(name)
-    sys.modules.pop(name)
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
-def test_the_update_in_one_kernel_is_that_of_torch(triton_on_the_cpu: ModuleType) -> None:
-    rules_are_those_of_torch(triton_on_the_cpu.update)
-
-
-def test_every_rule_is_that_of_torch() -> None:
-    rules_are_those_of_torch(None)
-
-
-def rules_are_those_of_torch(fused: Any) -> None:
-    """Ten steps of all rules at once, with gradients of every size, against torch.optim."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
-    layout = Layout.of(model)
-    configs = [OptimizerConfig.model_validate(section) for section in RULES.values()]
-    twins = [[p.detach().clone().requires_grad_() for p in model.parameters()] for _ in configs]
-    optimizers = [make_optimizer(c, twin) for c, twin in zip(configs, twins, strict=True)]
-    for optimizer in optimizers:  # the versions whose operations are the reference
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = None, False
-    numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in configs])
-    cohort = CohortOptimizer(len(configs), dtype=torch.float64, device=CPU)
-    cohort._fused = fused
-    for step in range(10):
-        lrs = [config.lr * 0.9**step for config in configs]
-        cohort.configure(configs, lrs)
-        gradient_KP = torch.randn(len(configs), layout.size, dtype=torch.float64) * 10 ** (step - 5)
-        cohort.update(numbers, gradient_KP, layout)
-        for k, (optimizer, config) in enumerate(zip(optimizers, configs, strict=True)):
-            named = layout.named(gradient_KP[k].clone())
-            for parameter, gradient in zip(twins[k], named.values(), strict=True):
-                parameter.grad = gradient.clone()
-            if config.clip_norm is not None:
-                nn.utils.clip_grad_norm_(twins[k], config.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lrs[k]
-            optimizer.step()
-    for k, name in enumerate(RULES):
-        expected = torch.cat([parameter.detach().flatten() for parameter in twins[k]])
-        torch.testing.assert_close(
-            numbers.weights[k], expected, rtol=1e-13, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize("model", ["mlp", "mixer", "cnn", "vit"])

@@ -92,6 +92,11 @@ def stepped(config: TrialConfig, device: FakeCuda, monkeypatch: pytest.MonkeyPat
     return engine
 
 
+def blank_gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    assert loss.requires_grad
+    return [torch.zeros_like(leaf) for leaf in leaves]
+
+
 EVERY_ONE = [
     *((model, "adam") for model in MODELS),
     *(("mlp", optimizer) for optimizer in get_args(OptimizerName) if optimizer != "adam"),
@@ -154,11 +159,7 @@ def test_a_step_of_a_cohort_stays_on_the_device(
     engine._configure([0.01] * len(configs))
     engine._template.train()
 
-    def gradient(loss: Tensor, weights: Tensor) -> tuple[Tensor]:
-        assert loss.requires_grad
-        return (torch.zeros_like(weights),)
-
-    monkeypatch.setattr(torch.autograd, "grad", gradient)
+    monkeypatch.setattr(torch.autograd, "grad", blank_gradient)
     with device.step():
         engine._following()
         engine._step(engine._order_KN[:, : COUNT % BATCH])
@@ -183,7 +184,7 @@ def test_attention_in_a_cohort_has_a_backward_pass(
     engine.arrange([engine.seat(config), engine.seat(config)])
     engine._configure([0.01, 0.01])
     engine._template.train()
-    monkeypatch.setattr(torch.autograd, "grad", lambda _, weights: (torch.zeros_like(weights),))
+    monkeypatch.setattr(torch.autograd, "grad", blank_gradient)
     engine._following()
     assert seen[-1] == (True, False, {torch.bfloat16})
 

@@ -1,9 +1,10 @@
 """Cohorts: several trials of one structure that train as one batch (design decision 7).
 
 ``rules`` say which trials fit together, ``members`` are what a worker sees, ``engine`` trains them
-by a step that ``ready`` captures and compiles, with the update rules of ``optimizer``, the random
-streams of ``noise``, the ``losses`` and the matrices of ``state``. ``sizing`` measures how many at
-once are the fastest, as a cohort or side by side (`sweeper.training.crew`); ``choice`` remembers.
+by a step that ``ready`` captures and compiles, with the random streams of ``noise`` and the
+``losses``, on models that are the rows of one matrix (`sweeper.training.rows`). ``sizing`` measures
+how many at once are the fastest, as a cohort or side by side (`sweeper.training.crew`); ``choice``
+remembers.
 """
 
 from sweeper.training.cohort.choice import Choice, known_way

@@ -4,8 +4,8 @@ Only the forward pass is under vmap. The loss of a member is a number of its own
 them is differentiated once, by the ordinary backward pass, with respect to the whole matrix: no
 member's gradient holds anything of another's, NaN included (design decision 7).
 
-Shapes: ``K`` slots, ``P`` trained numbers of one model, ``N`` training images, ``B`` of a batch,
-``C`` classes.
+Shapes: ``K`` slots, ``P`` trained numbers of one model, ``Q`` of them lowered
+(`sweeper.training.rows.leaves`), ``N`` training images, ``B`` of a batch, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,15 +26,16 @@ from sweeper.data import Dataset, Part
 from sweeper.models import build
 from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
-from sweeper.training.cohort.optimizer import CohortOptimizer
 from sweeper.training.cohort.ready import Built, ReadyCohort
-from sweeper.training.cohort.state import Layout, Numbers
 from sweeper.training.compiling import Compiling
 from sweeper.training.device import repeatable, stream
 from sweeper.training.evaluation import evaluation_batch
 from sweeper.training.inputs import Inputs, batches_of, drawn_order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
+from sweeper.training.rows.leaves import Leaves, lowered_parameters
+from sweeper.training.rows.numbers import Layout, Numbers
+from sweeper.training.rows.optimizer import RowOptimizer
 from sweeper.training.turns import Steps, driven, settled
 
 _ATTENTION: Final = {
@@ -73,15 +74,16 @@ class CohortEngine:
         self._device = device
         self.precision = precision_of(config.train, device)
         model = self._built(config)
-        self.layout = Layout.of(model)
+        self.layout = Layout.of(model, lowered=lowered_parameters(model, self.precision))
         self.names = tuple(model.state_dict())
         self._noise = Noise(model, precision=self.precision, device=device)
-        self._template = with_masks(model)
+        self._template = _with_wide_norms(with_masks(model))
         self.inputs = self.part(dataset.train, augmented=True)
         count, size = len(self.inputs), config.train.batch_size
         self._full, self._tail = batches_of(count, size)
         self.seats: list[Seat] = []
         self._numbers: Numbers  # and what goes with it: there with the first arrangement
+        self._leaves: Leaves
         self._before: Numbers
         self._remembers = False
         self._ready = ReadyCohort(
@@ -143,14 +145,15 @@ class CohortEngine:
         slots, device = len(seats), self._device
         numbers = Numbers.stacked([seat.numbers for seat in seats])
         before = numbers.copied()
-        self._optimizer = CohortOptimizer(slots, dtype=self.precision.dtype, device=device)
+        leaves = self._leaves_of(numbers)
+        self._optimizer = RowOptimizer(slots, dtype=self.precision.dtype, device=device)
         self._loss = self._loss_of([seat.config for seat in seats])
         self._totals = _Totals(slots, device)
         self._order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
         self._next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
         # Until here nothing is lost where memory does not suffice.
-        numbers.weights.requires_grad_(True)
-        self._numbers, self._before, self._remembers = numbers, before, False
+        self._numbers, self._leaves = numbers, leaves
+        self._before, self._remembers = before, False
         self.seats = list(seats)
         for k, seat in enumerate(seats):
             seat.numbers = numbers.slot(k)
@@ -166,6 +169,7 @@ class CohortEngine:
         """As :meth:`train`, with pauses."""
         seeds = [seat.config.train.seed for seat in self.seats]
         self._before.copy_(self._numbers)
+        self._leaves.refresh()
         self._remembers = True
         self._configure(lrs)
         self._template.train()
@@ -208,9 +212,13 @@ class CohortEngine:
         """Forget what was compiled: the slots need not stay as many any more."""
         self._ready.drop_compiled()
 
-    def _built(self, config: TrialConfig) -> torch.nn.Module:
+    def _built(self, config: TrialConfig) -> nn.Module:
         model = build(config.model, self._dataset.shape, seed=config.train.seed)
         return model.to(device=self._device, dtype=self.precision.dtype)
+
+    def _leaves_of(self, numbers: Numbers) -> Leaves:
+        dtype = self.precision.autocast or self.precision.dtype
+        return Leaves(numbers.weights, self.layout, dtype)
 
     def _loss_of(self, configs: Sequence[TrialConfig]) -> CohortLoss:
         return CohortLoss(
@@ -260,7 +268,7 @@ class CohortEngine:
 
     def _step(self, index_KB: Tensor) -> None:
         """Gather, augment, forward, loss, backward, clip, update, count, for all members."""
-        numbers = self._numbers
+        numbers, leaves = self._numbers, self._leaves
         x_KBCHW, labels_KB = self.inputs.take_each(index_KB, self._noise.generators)
         masks = self._noise.masks(index_KB.shape[1])
         dropping = self._noise.dropping
@@ -271,22 +279,23 @@ class CohortEngine:
         losses = self._ready.losses if full else self._losses  # a rest would be compiled anew
         with self._forward():
             losses_K, logits_KBC = losses(
-                numbers.weights, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
+                leaves.lowered, leaves.kept, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
             )
-        (gradient_KP,) = torch.autograd.grad(losses_K.sum(), numbers.weights)
-        self._optimizer.update(numbers, gradient_KP, self.layout)
+        gradient = leaves.gradient(losses_K.sum())
+        self._optimizer.update(numbers, gradient, leaves, self.layout)
         with torch.no_grad():
             self._totals.add(losses_K, logits_KBC, labels_KB)
 
     def _losses(
         self,
-        weights_KP: Tensor,
+        lowered_KQ: Tensor,
+        kept_KR: Tensor,
         buffers: Mapping[str, Tensor],
         x_KBCHW: Tensor,
         labels_KB: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Loss [K] and logits [K, B, C]: what ``train.compile`` compiles, both passes."""
-        logits_KBC = vmap(self._logits)(weights_KP, buffers, x_KBCHW)
+        logits_KBC = vmap(self._logits)(lowered_KQ, kept_KR, buffers, x_KBCHW)
         return self._loss(logits_KBC, labels_KB), logits_KBC
 
     @contextlib.contextmanager
@@ -299,8 +308,10 @@ class CohortEngine:
         with self.precision.forward(), sdpa_kernel(_ATTENTION[self._device.type]):
             yield
 
-    def _logits(self, row_P: Tensor, buffers: Mapping[str, Tensor], x_BCHW: Tensor) -> Any:
-        named = {**self.layout.named(row_P), **buffers}
+    def _logits(
+        self, lowered_Q: Tensor, kept_R: Tensor, buffers: Mapping[str, Tensor], x_BCHW: Tensor
+    ) -> Any:
+        named = {**self.layout.joined(lowered_Q, kept_R), **buffers}
         return functional_call(self._template, named, (x_BCHW,))
 
     @torch.no_grad()
@@ -309,13 +320,14 @@ class CohortEngine:
         slots = len(numbers.weights)
         totals = _Totals(slots, self._device)
         batch = evaluation_batch(self._config.model, self._dataset.shape, self._device, slots=slots)
-        forward = vmap(self._logits, in_dims=(0, 0, None))
+        forward = vmap(self._logits, in_dims=(0, 0, 0, None))
+        leaves = self._leaves_of(numbers)
         started = time.perf_counter()
         for start in range(0, len(inputs), batch):
             yield None
             x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
             with self._forward():
-                logits_KBC = forward(numbers.weights, numbers.buffers, x_BCHW)
+                logits_KBC = forward(leaves.lowered, leaves.kept, numbers.buffers, x_BCHW)
             totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
         yield from settled(self._device)
         passes = totals.passes(len(inputs))
@@ -337,8 +349,26 @@ class CohortEngine:
     def _undo(self) -> None:
         """Put back what a step on a full batch changes, before the first of an epoch."""
         self.roll_back()
+        self._leaves.refresh()
         self._totals.clear()
         self._rewind()
+
+
+def _with_wide_norms(model: nn.Module) -> nn.Module:
+    """``model``, whose norms are given float32 at least.
+
+    Alone, autocast sees to that for layer normalization, but not under vmap. Batch normalization
+    takes anything alone; under vmap, on a CPU, only the dtype of its running statistics.
+    """
+
+    def widened(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        x = inputs[0]
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    for layer in model.modules():
+        if isinstance(layer, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
+            layer.register_forward_pre_hook(widened)
+    return model
 
 
 class _Totals:

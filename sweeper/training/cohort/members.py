@@ -20,17 +20,17 @@ from sweeper.errors import UsageError
 from sweeper.measurement import Measurement
 from sweeper.training.base import Interrupt, Poll, TrainingClosedError
 from sweeper.training.cohort.engine import CohortEngine, Seat
-from sweeper.training.cohort.optimizer import kept_state
 from sweeper.training.cohort.rules import structure, why_alone
-from sweeper.training.cohort.state import (
+from sweeper.training.compiling import Compiling
+from sweeper.training.device import forget_peak_memory, repeatable
+from sweeper.training.network import NetworkTrial, Pass
+from sweeper.training.rows.numbers import (
     load_model_state,
     load_optimizer_state,
     model_state,
     optimizer_state,
 )
-from sweeper.training.compiling import Compiling
-from sweeper.training.device import forget_peak_memory, repeatable
-from sweeper.training.network import NetworkTrial, Pass
+from sweeper.training.rows.optimizer import kept_state
 from sweeper.training.turns import Steps, driven
 
 _IDLE_SHARE: Final = 0.25

@@ -20,7 +20,7 @@ FAMILIES: Final = frozenset({"mlp", "mixer", "cnn", "vit"})
 """Models whose forward pass gives every member what it gives alone (tested in float64)."""
 
 OPTIMIZERS: Final = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw"})
-"""Rules of `sweeper.training.cohort.optimizer`."""
+"""Rules of `sweeper.training.rows.optimizer`."""
 
 
 def why_alone(config: TrialConfig, device: torch.device) -> str | None:

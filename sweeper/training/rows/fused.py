@@ -1,8 +1,8 @@
-"""One kernel for the update of all members on a CUDA device, written in Triton.
+"""One kernel for the update of all rows on a CUDA device, written in Triton.
 
-The rules of `sweeper.training.cohort.optimizer`, in its order, but every number is read and written
+The rules of `sweeper.training.rows.optimizer`, in its order, but every number is read and written
 once a step: 28 bytes a weight with Adam, where one operation after the other moves some 200. A
-fused Adam of torch's takes one learning rate for all, and one for each member would leave most of a
+fused Adam of torch's takes one learning rate for all, and one for each row would leave most of a
 GPU idle. The last bit may be rounded otherwise: a product and a sum are one operation here.
 
 Whoever imports this loads Triton.
@@ -17,7 +17,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from sweeper.training.cohort.state import Numbers
+from sweeper.training.rows.leaves import Gradient
+from sweeper.training.rows.numbers import Numbers
 
 _BLOCK: Final = 1024
 
@@ -25,7 +26,9 @@ _BLOCK: Final = 1024
 @triton.jit  # type: ignore[untyped-decorator] # no types there
 def _update(  # type: ignore[no-untyped-def] # Triton's own language
     weights,
-    gradient,
+    lowered,
+    lowered_gradient,
+    kept_gradient,
     first,
     second,
     steps,
@@ -42,16 +45,29 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     eps,
     is_adam,
     is_nesterov,
+    share,
     size,
+    lowered_size,
+    lowered_pitch,
     block: tl.constexpr,
 ):
-    """Blocks of the weights of one member a program: axis 0 is the block, axis 1 the member."""
+    """Blocks of the weights of one model a program: axis 0 is the block, axis 1 the model.
+
+    The first ``lowered_size`` numbers of each have a gradient of their own, and a copy in its
+    dtype, whose rows are ``lowered_pitch`` apart.
+    """
     k = tl.program_id(1)
+    row = k.to(tl.int64)
     column = tl.program_id(0) * block + tl.arange(0, block)
     inside = column < size
-    at = k.to(tl.int64) * size + column
+    is_lowered = column < lowered_size
+    at = row * size + column
     w = tl.load(weights + at, mask=inside)
-    g = tl.load(gradient + at, mask=inside)
+    from_lowered = lowered_gradient + row * lowered_size + column
+    from_kept = kept_gradient + row * (size - lowered_size) + column - lowered_size
+    g = tl.load(from_lowered, mask=is_lowered, other=0.0).to(w.dtype)
+    g = g + tl.load(from_kept, mask=inside & (column >= lowered_size), other=0.0)
+    g = g * tl.load(share + k)
     decay = tl.load(coupled + k)
     if decay != 0:
         g = g + w * decay
@@ -83,23 +99,38 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
                 direction = g + direction * kept
         w = w + direction * tl.load(minus_lr + k)
     tl.store(weights + at, w, mask=inside)
+    copy = lowered + row * lowered_pitch + column
+    tl.store(copy, w.to(lowered.dtype.element_ty), mask=is_lowered)
 
 
-def update(numbers: Numbers, gradient_KP: Tensor, columns: Mapping[str, Tensor]) -> None:
-    """One step of every member, in place; ``steps`` counts it already.
+def update(
+    numbers: Numbers, gradient: Gradient, lowered_KQ: Tensor, columns: Mapping[str, Tensor]
+) -> None:
+    """One step of every model, in place; ``steps`` counts it already.
 
-    ``columns`` [K, 1] are the hyper-parameters, by the names that the kernel has for them.
+    ``columns`` [K, 1] are the hyper-parameters, by the names that the kernel has for them, and
+    ``lowered_KQ`` is the copy of the first Q weights, which is written as well.
     """
     weights_KP = numbers.weights
     slots, size = weights_KP.shape
+    lowered_size = lowered_KQ.shape[1]
     settings: dict[str, Any] = {name: column.contiguous() for name, column in columns.items()}
     _update[(triton.cdiv(size, _BLOCK), slots)](
         weights=weights_KP,
-        gradient=gradient_KP.contiguous(),
+        lowered=_somewhere(lowered_KQ, weights_KP),
+        lowered_gradient=_somewhere(gradient.lowered.contiguous(), weights_KP),
+        kept_gradient=_somewhere(gradient.kept.contiguous(), weights_KP),
         first=numbers.first,
         second=numbers.second,
         steps=numbers.steps,
         size=size,
+        lowered_size=lowered_size,
+        lowered_pitch=lowered_KQ.stride(0),
         block=_BLOCK,
         **settings,
     )
+
+
+def _somewhere(part: Tensor, other: Tensor) -> Tensor:
+    """A part without numbers has no address; nothing is read or written there."""
+    return part if part.numel() else other

@@ -1,29 +1,39 @@
-"""One member's numbers, and those of all members as matrices.
+"""One model's numbers as a row, and those of several as matrices.
 
-Shapes: ``K`` slots of a cohort, ``P`` trained numbers of one model.
+Shapes: ``K`` models, ``P`` trained numbers of one, ``Q`` of them that are lowered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 
 from sweeper.errors import UsageError
 
+_ALIGNED: Final = 8
+"""So many numbers of two bytes are what a matrix product likes to read at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where each parameter of a model lies in its flat row, and which buffers it has."""
+    """Where each parameter of a model lies in its flat row, and which buffers it has.
+
+    ``shapes`` are in the model's order. In a row the ``lowered`` come first, the Q numbers that a
+    step reads in autocast's dtype, and in both parts those whose size would shift others off the
+    addresses that a matrix product likes come last.
+    """
 
     shapes: Mapping[str, torch.Size]
     buffers: tuple[str, ...]
+    lowered: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
+    def of(cls, model: nn.Module, *, lowered: frozenset[str] = frozenset()) -> Self:
         """Raises UsageError where a parameter is not trained: a row has no place for those."""
         shapes: dict[str, torch.Size] = {}
         for name, parameter in model.named_parameters():
@@ -31,20 +41,62 @@ class Layout:
                 raise UsageError(f"every parameter of a member must be trained, but {name} is not")
             shapes[name] = parameter.shape
         kept = model.state_dict()
-        return cls(shapes=shapes, buffers=tuple(name for name in kept if name not in shapes))
+        buffers = tuple(name for name in kept if name not in shapes)
+        return cls(shapes=shapes, buffers=buffers, lowered=lowered)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """P."""
         return sum(shape.numel() for shape in self.shapes.values())
 
+    @cached_property
+    def lowered_size(self) -> int:
+        """Q."""
+        return sum(self.shapes[name].numel() for name in self.lowered)
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """The parameters as they follow each other in a row."""
+
+        def place(name: str) -> tuple[bool, bool]:
+            return name not in self.lowered, self.shapes[name].numel() % _ALIGNED != 0
+
+        return tuple(sorted(self.shapes, key=place))
+
+    def row(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The parameters of a ``state_dict`` as a row [P]."""
+        return torch.cat([state[name].flatten() for name in self.order])
+
     def named(self, row_P: Tensor) -> dict[str, Tensor]:
-        """The parameters in a row, as views; one split, so that the gradient is one row as well."""
-        parts = torch.split(row_P, [shape.numel() for shape in self.shapes.values()])
+        """The parameters in a row, as views, in the model's order."""
+        return self.joined(*self.parted(row_P))
+
+    def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [..., Q] and [..., P - Q] of [..., P]: what is lowered, and the rest."""
+        return rows[..., : self.lowered_size], rows[..., self.lowered_size :]
+
+    def joined(self, lowered_Q: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """The parameters in two parts of a row, as views, in the model's order.
+
+        Every part is split once, so that its gradient is made in one piece as well.
+        """
+        parts = self.split(lowered_Q, kept)
         return {
             name: part.view(shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    def split(self, lowered: Tensor, kept: Tensor) -> list[Tensor]:
+        """Views [..., numbers of a parameter] of two parts of rows, in the model's order."""
+        found: dict[str, Tensor] = {}
+        for rows, names in (
+            (lowered, [name for name in self.order if name in self.lowered]),
+            (kept, [name for name in self.order if name not in self.lowered]),
+        ):
+            sizes = [self.shapes[name].numel() for name in names]
+            if names:
+                found.update(zip(names, torch.split(rows, sizes, dim=-1), strict=True))
+        return [found[name] for name in self.shapes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +117,7 @@ class Numbers:
     def initial(cls, model: nn.Module, layout: Layout) -> Self:
         """Those of a model before its first step."""
         state = {name: value.detach() for name, value in model.state_dict().items()}
-        row_P = torch.cat([state[name].flatten() for name in layout.shapes])
+        row_P = layout.row(state)
         return cls(
             weights=row_P,
             buffers={name: state[name].clone() for name in layout.buffers},
@@ -77,7 +129,7 @@ class Numbers:
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor], layout: Layout) -> Self:
         """Those of a ``state_dict`` that is only evaluated."""
-        row_P = torch.cat([state[name].flatten() for name in layout.shapes])
+        row_P = layout.row(state)
         none = row_P.new_empty(0)
         return cls(
             weights=row_P,

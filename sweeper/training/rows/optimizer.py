@@ -1,11 +1,11 @@
-"""SGD, momentum, Nesterov, Adam and AdamW for K members in one update, each with its own numbers.
+"""SGD, momentum, Nesterov, Adam and AdamW for K models in one update, each with its own numbers.
 
 The arithmetic and its order are those of torch.optim's single-tensor versions (sgd.py, adam.py),
-which take no learning rate a member. What a member's rule does not use is left out with ``where``,
+which take no learning rate a model. What a model's rule does not use is left out with ``where``,
 never multiplied by zero: zero times a neighbour's NaN would be no neighbour's, but zero times an
 own overflow would.
 
-Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one number a member.
+Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one number a model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from sweeper.config.optimizer import OptimizerConfig
-from sweeper.training.cohort.state import Layout, Numbers
 from sweeper.training.compiling import lacking
+from sweeper.training.rows.leaves import Gradient, Leaves
+from sweeper.training.rows.numbers import Layout, Numbers
 
 _ADAM_EPS: Final = 1e-8
 """torch.optim's own, for Adam and AdamW."""
@@ -53,8 +54,8 @@ class Program:
     clipped: bool
 
 
-class CohortOptimizer:
-    """One update of all members; hyper-parameters lie in tensors that keep their addresses."""
+class RowOptimizer:
+    """One update of all rows; hyper-parameters lie in tensors that keep their addresses."""
 
     def __init__(self, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
         def column(value: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -73,6 +74,7 @@ class CohortOptimizer:
         self._one_less_beta2 = column()
         self._eps = column()
         self._clip_norm = column(math.inf)
+        self._unclipped = column(1.0)
         self._is_adam = column(0.0, torch.bool)
         self._is_nesterov = column(0.0, torch.bool)
         self._is_clipped = column(0.0, torch.bool)
@@ -124,15 +126,21 @@ class CohortOptimizer:
         )
 
     @torch.no_grad()
-    def update(self, numbers: Numbers, gradient_KP: Tensor, layout: Layout) -> None:
-        """One step of every member, in place."""
-        program, weights_KP = self.program, numbers.weights
+    def update(self, numbers: Numbers, gradient: Gradient, leaves: Leaves, layout: Layout) -> None:
+        """One step of every row, in place, ``leaves`` included."""
         numbers.steps.add_(1)
-        if program.clipped:
-            gradient_KP = self._clipped(gradient_KP, layout)
+        share_K1 = self._share(gradient, layout) if self.program.clipped else self._unclipped
         if self._fused is not None:
-            self._fused(numbers, gradient_KP, self._columns())
+            self._fused(numbers, gradient, leaves.lowered, {**self._columns(), "share": share_K1})
             return
+        gradient_KP = gradient.whole()
+        if self.program.clipped:
+            gradient_KP.mul_(share_K1)
+        self._unfused(numbers, gradient_KP)
+        leaves.refresh()
+
+    def _unfused(self, numbers: Numbers, gradient_KP: Tensor) -> None:
+        program, weights_KP = self.program, numbers.weights
         if program.coupled:
             gradient_KP = torch.addcmul(gradient_KP, weights_KP, self._coupled)
         if program.decoupled:
@@ -162,14 +170,15 @@ class CohortOptimizer:
             "is_nesterov": self._is_nesterov,
         }
 
-    def _clipped(self, gradient_KP: Tensor, layout: Layout) -> Tensor:
-        """``clip_grad_norm_`` of each member: the norm of its parameters' norms."""
-        sizes = [shape.numel() for shape in layout.shapes.values()]
-        parts = torch.split(gradient_KP, sizes, dim=1)
-        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in parts]
+    def _share(self, gradient: Gradient, layout: Layout) -> Tensor:
+        """What ``clip_grad_norm_`` multiplies each row's gradient by: it takes the norm of the
+        parameters' norms."""
+        dtype = gradient.kept.dtype
+        parts = layout.split(gradient.lowered, gradient.kept)
+        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=dtype) for part in parts]
         norm_K1 = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, keepdim=True)
         share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
-        return gradient_KP * torch.where(self._is_clipped, share_K1, torch.ones_like(share_K1))
+        return torch.where(self._is_clipped, share_K1, self._unclipped)
 
     def _sgd(self, numbers: Numbers, gradient_KP: Tensor) -> None:
         """A momentum of zeros acts as none does on the first step."""
@@ -193,7 +202,7 @@ class CohortOptimizer:
         numbers.weights.addcdiv_(minus_size_K1 * numbers.first, denominator_KP)
 
     def _either(self, numbers: Numbers, gradient_KP: Tensor) -> None:
-        """Every member by its own rule: both are worked out, and one is taken."""
+        """Every row by its own rule: both are worked out, and one is taken."""
         other = numbers.copied()
         self._sgd(other, gradient_KP)
         second_KP = numbers.second.clone()
@@ -206,11 +215,11 @@ class CohortOptimizer:
 
 def _fused_update(
     device: torch.device,
-) -> Callable[[Numbers, Tensor, dict[str, Tensor]], None] | None:
+) -> Callable[[Numbers, Gradient, Tensor, dict[str, Tensor]], None] | None:
     """The update as one kernel: on CUDA, where there is Triton and the compiler that it needs."""
     if device.type != "cuda" or lacking(device):
         return None
-    from sweeper.training.cohort import fused
+    from sweeper.training.rows import fused
 
     return fused.update
 
