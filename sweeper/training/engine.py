@@ -12,7 +12,7 @@ from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
 from sweeper.errors import UsageError
 from sweeper.models import build
-from sweeper.optim import make_loss, make_optimizer, set_lr
+from sweeper.optim import make_loss
 from sweeper.training.capture import CapturedStep
 from sweeper.training.compiling import Compiling
 from sweeper.training.device import noise, noise_generator, repeatable, stream
@@ -21,9 +21,10 @@ from sweeper.training.inputs import Inputs, Order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.ready import ReadyStep
-from sweeper.training.state import model_state, optimizer_state, restore_optimizer
+from sweeper.training.state import model_state
 from sweeper.training.step import Step, Totals
 from sweeper.training.turns import Steps, driven, settled
+from sweeper.training.update import make_update
 
 _CONVOLUTIONAL = frozenset({"cnn", "resnet18", "timm"})
 """Families whose images and kernels are kept channels-last, as convolutions like it: cuDNN's, and
@@ -87,7 +88,8 @@ class Engine:
 
     def parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self._step.parameters)
+        trained = (each for each in self.model.parameters() if each.requires_grad)
+        return sum(parameter.numel() for parameter in trained)
 
     def part(self, part: Part, *, augmented: bool = False) -> Inputs:
         """``part`` of the data set as this model takes it."""
@@ -108,7 +110,7 @@ class Engine:
     def training(self, *, epoch: int, lr: float) -> Steps[Pass]:
         """As :meth:`train`, with pauses. Draws from torch's default generator, which it seeds."""
         seed, step = self._config.train.seed, self._step
-        set_lr(step.optimizer, lr)
+        step.update.begin(lr)
         self._order.shuffle(stream(seed, "order", epoch))
         noise_generator(self._device).manual_seed(stream(seed, "noise", epoch))
         step.totals.clear()
@@ -155,19 +157,12 @@ class Engine:
 
         ``device``: where the copies are kept.
         """
-        scaler = self._step.scaler
-        return {
-            "model": model_state(self.model, device),
-            "optimizer": optimizer_state(self._step.optimizer, device),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
+        return {"model": model_state(self.model, device), **self._step.update.state(device)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put :meth:`state` back, in place."""
         self.model.load_state_dict(state["model"])
-        restore_optimizer(self._step.optimizer, state["optimizer"])
-        if self._step.scaler is not None:
-            self._step.scaler.load_state_dict(state["scaler"])
+        self._step.update.restore(state)
 
     def drop_graph(self) -> None:
         """Free the CUDA graph; training goes on eagerly."""
@@ -178,18 +173,14 @@ class Engine:
         model = build(config.model, self._dataset.shape, seed=train.seed)
         model.to(device=self._device, dtype=self.precision.dtype)
         model.to(memory_format=self._memory_format)
-        optimizer = make_optimizer(
-            config.optimizer,
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            capturable=self._device.type == "cuda" and train.graph != "off",
+        update = make_update(
+            model, config, precision=self.precision, memory_format=self._memory_format
         )
         return Step(
             model=model,
-            compiled=model,
-            optimizer=optimizer,
+            update=update,
             loss=make_loss(train, self._dataset.shape.classes),
             inputs=self.part(self._dataset.train, augmented=True),
             precision=self.precision,
-            clip_norm=config.optimizer.clip_norm,
             totals=Totals(self._device),
         )

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from sweeper.config import DataShape, TrialConfig
 from sweeper.errors import UsageError
-from sweeper.optim import set_lr
 from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.compiling import (
     CompileError,
     Compiling,
-    compiled,
     decide,
     lacking,
     program,
@@ -141,7 +139,7 @@ class ReadyStep:
         if self._compiled is None:
             try:
                 with ready(self._code), self._rehearsal() as undo:
-                    self._compiled = self._step.compiled = compiled(self._step.model)
+                    self._compiled = self._step.compiled = self._step.update.compiled()
                     try:
                         self._run()  # compiles both passes
                     finally:
@@ -158,7 +156,7 @@ class ReadyStep:
     def plain(self) -> None:
         """See :meth:`sweeper.training.compiling.Rehearsed.plain`."""
         self.close()
-        self._step.compiled = self._step.model
+        self._step.compiled = self._step.update.forward
         self.capture()
 
     def step_s(self) -> float:
@@ -184,10 +182,10 @@ class ReadyStep:
         self._before = self._state()
 
         def undo() -> None:
-            self._step.forget_gradients()
+            self._step.update.forget_gradients()
             self._put_back()
 
-        set_lr(self._step.optimizer, self._config.optimizer.lr)
+        self._step.update.begin(self._config.optimizer.lr)
         self._step.model.train()
         with repeatable(self._device), noise(self._device, 0):
             yield undo
@@ -205,7 +203,4 @@ class ReadyStep:
             return "train.graph is off"
         if not self._order.full:
             return "the training images do not fill one batch"
-        optimizer_skips = getattr(self._step.optimizer, "_step_supports_amp_scaling", False)
-        if self._step.scaler is not None and not optimizer_skips:
-            return "loss scaling for float16 waits for the device, unless the optimizer is fused"
-        return None
+        return self._step.update.why_eager()

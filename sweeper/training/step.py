@@ -5,7 +5,6 @@ Shapes: ``B`` images of a batch, ``K`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from sweeper.optim import Loss
 from sweeper.training.inputs import Inputs
 from sweeper.training.precision import Precision
+from sweeper.training.update import Forward, Update
 
 
 class Totals:
@@ -49,17 +49,14 @@ class Step:
     """
 
     model: nn.Module
-    compiled: Callable[[Tensor], Tensor]
-    optimizer: torch.optim.Optimizer
+    update: Update
     loss: Loss
     inputs: Inputs
     precision: Precision
-    clip_norm: float | None
     totals: Totals
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.scaler = self.precision.scaler()
+        self.compiled: Forward = self.update.forward
 
     def full(self, index_B: Tensor) -> None:
         """Train on a batch of the configured size."""
@@ -67,35 +64,13 @@ class Step:
 
     def partial(self, index_B: Tensor) -> None:
         """Train on a batch of any other size."""
-        self._train(index_B, self.model)
+        self._train(index_B, self.update.forward)
 
-    def forget_gradients(self) -> None:
-        """Free the gradients; the next backward pass then writes them instead of adding."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def _train(self, index_B: Tensor, model: Callable[[Tensor], Tensor]) -> None:
+    def _train(self, index_B: Tensor, forward: Forward) -> None:
         x_BCHW, labels_B = self.inputs.take(index_B)
         with self.precision.forward():
-            logits_BK = model(x_BCHW)
+            logits_BK = forward(x_BCHW)
         loss = self.loss(logits_BK, labels_B)
-        self.forget_gradients()
-        self._update(loss)
+        self.update.apply(loss)
         with torch.no_grad():
             self.totals.add(loss, logits_BK, labels_B)
-
-    def _update(self, loss: Tensor) -> None:
-        if self.scaler is None:
-            torch.autograd.backward(loss)
-            self._clip()
-            self.optimizer.step()
-            return
-        torch.autograd.backward(self.scaler.scale(loss))
-        self.scaler.unscale_(self.optimizer)
-        self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def _clip(self) -> None:
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)

@@ -22,9 +22,10 @@ from torch.nn import functional
 from sweeper.config import DataShape, TrialConfig
 from sweeper.config.optimizer import OptimizerName
 from sweeper.data import Dataset
-from sweeper.training import CaptureError, best_device, estimate_s, prepare
+from sweeper.training import CaptureError, best_device, estimate_s, prepare, update
 from sweeper.training.capture import CapturedStep, _waiting_forbidden
 from sweeper.training.loop import NetworkTraining
+from sweeper.training.rows.optimizer import RULES
 from sweeper.training.turns import driven
 
 pytestmark = [
@@ -58,10 +59,10 @@ class Trained:
         state: dict[str, Tensor] = self.training.state_dict()["engine"]["model"]
         return state
 
-    def assert_equals(self, other: Trained, *, rtol: float = 1e-5) -> None:
+    def assert_equals(self, other: Trained, *, rtol: float = 1e-5, atol: float = 1e-7) -> None:
         expected = other.weights()
         for name, value in self.weights().items():
-            torch.testing.assert_close(value, expected[name], rtol=rtol, atol=1e-7)
+            torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol)
         for mine, theirs in zip(self.history, other.history, strict=True):
             for metric in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
                 assert mine[metric] == pytest.approx(theirs[metric], rel=rtol), metric
@@ -112,6 +113,30 @@ def test_thirty_captured_steps_and_the_rest_equal_eager_ones(
     assert captured.training.notes["graph"] == "captured"
     assert eager.training.notes["graph"] == "not used: train.graph is off"
     captured.assert_equals(eager)
+
+
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+@pytest.mark.parametrize("model", ["mixer", "mlp", "cnn", "vit"])
+def test_the_one_kernel_of_all_weights_gives_what_torchs_optimizer_gives(
+    model: str, optimizer: str, train: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"name": optimizer, "lr": LR, "weight_decay": 2.0**-10, "clip_norm": 1.0}
+    captured = train(MODELS[model], section, augment=AUGMENT, graph="on", epochs=2)
+    assert captured.training.notes["graph"] == "captured"
+    monkeypatch.setattr(update, "in_rows", lambda *_: False)
+    captured.assert_equals(train(MODELS[model], section, augment=AUGMENT, graph="off", epochs=2))
+
+
+@pytest.mark.parametrize("model", ["mixer", "mlp", "cnn", "vit"])
+def test_what_is_cast_beforehand_is_what_autocast_casts(
+    model: str, train: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step of SGD: matrix products of other addresses may add in another order."""
+    options = {"precision": "bfloat16", "count": BATCH, "graph": "off"}
+    section = {"name": "sgd", "lr": 1.0}
+    beforehand = train(MODELS[model], section, **options)
+    monkeypatch.setattr(update, "in_rows", lambda *_: False)
+    beforehand.assert_equals(train(MODELS[model], section, **options), rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", get_args(OptimizerName))

@@ -23,8 +23,9 @@ from sweeper.data import Augment, Dataset, Part, Standardize
 from sweeper.models import MODELS
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.cohort.rules import FAMILIES
-from sweeper.training.cohort.rules import OPTIMIZERS as COHORT_OPTIMIZERS
 from sweeper.training.engine import Engine
+from sweeper.training.rows.optimizer import RULES
+from sweeper.training.update import RowUpdate, TorchUpdate
 
 SHAPE = DataShape(3, 16, 16, 4)
 BATCH, COUNT = 16, 40
@@ -81,10 +82,11 @@ def stepped(config: TrialConfig, device: FakeCuda, monkeypatch: pytest.MonkeyPat
 
     def backward(loss: Tensor) -> None:
         assert loss.requires_grad
-        for parameter in step.parameters:
+        for parameter in step.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", blank_gradient)
     step.model.train()
     with device.step():
         step.full(engine._order.following())
@@ -116,10 +118,13 @@ def test_a_step_stays_on_the_device(
     engine = stepped(configured(make_config, model, optimizer), device, monkeypatch)
     assert engine.precision.name == "bfloat16"
     assert any("dropout" in name for name in device.operations) == ("dropout" in SECTIONS[model])
-    optimizer_used = engine._step.optimizer
-    assert all(group.get("capturable", True) for group in optimizer_used.param_groups)
-    for state in optimizer_used.state.values():
-        assert all(each.device == CUDA for each in state.values() if isinstance(each, Tensor))
+    update = engine._step.update
+    in_rows = model in FAMILIES and optimizer in RULES
+    assert isinstance(update, RowUpdate if in_rows else TorchUpdate)
+    if isinstance(update, TorchUpdate):
+        assert all(group.get("capturable", True) for group in update.optimizer.param_groups)
+        for state in update.optimizer.state.values():
+            assert all(each.device == CUDA for each in state.values() if isinstance(each, Tensor))
     evaluated_on_the_device(engine, device)
 
 
@@ -142,7 +147,9 @@ def test_so_it_does_in_every_precision_and_with_every_loss(
 ) -> None:
     config = configured(make_config, "cnn", precision=precision, loss=loss, augment=[])
     engine = stepped(config, device, monkeypatch)
-    assert (engine._step.scaler is not None) == (precision == "float16")
+    update = engine._step.update
+    scales = isinstance(update, TorchUpdate) and update.scaler is not None
+    assert scales == (precision == "float16")
 
 
 @pytest.mark.parametrize("model", sorted(FAMILIES))
@@ -152,7 +159,7 @@ def test_a_step_of_a_cohort_stays_on_the_device(
     """With every optimizer at once."""
     configs = [
         configured(make_config, model, optimizer, seed=seed, augment=["crop"])
-        for seed, optimizer in enumerate(sorted(COHORT_OPTIMIZERS))
+        for seed, optimizer in enumerate(sorted(RULES))
     ]
     engine = CohortEngine(configs[0], dataset=blank(configs[0]), device=CUDA)
     engine.arrange([engine.seat(config) for config in configs])

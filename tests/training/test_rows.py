@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trial_bench import MODELS, Bench, MakeConfig, MakeDataset, varied
+from trial_bench import MODELS, Bench, MakeConfig, MakeDataset, assert_equal, varied
 
 from sweeper.config.optimizer import OptimizerConfig
+from sweeper.measurement import Measurement
 from sweeper.optim import make_optimizer
+from sweeper.training import update
+from sweeper.training.base import Training
 from sweeper.training.cohort import engine as cohort_engine
+from sweeper.training.compiling import lacking
+from sweeper.training.engine import Engine
+from sweeper.training.loop import NetworkTraining
 from sweeper.training.rows.leaves import Gradient, Leaves, lowered_parameters
 from sweeper.training.rows.numbers import Layout, Numbers
-from sweeper.training.rows.optimizer import RowOptimizer
+from sweeper.training.rows.optimizer import RULES, RowOptimizer
 
 CPU = torch.device("cpu")
 
-RULES: dict[str, dict[str, Any]] = {
+SECTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.1},
     "sgd, decayed": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01},
     "momentum": {"name": "momentum", "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3},
@@ -73,7 +79,7 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     layout = Layout.of(model, lowered=lowered)
-    configs = [OptimizerConfig.model_validate(section) for section in RULES.values()]
+    configs = [OptimizerConfig.model_validate(section) for section in SECTIONS.values()]
     twins = [[p.detach().clone().requires_grad_() for p in model.parameters()] for _ in configs]
     optimizers = [make_optimizer(c, twin) for c, twin in zip(configs, twins, strict=True)]
     for optimizer in optimizers:  # the versions whose operations are the reference
@@ -91,11 +97,11 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
             lowered=torch.randn_like(leaves.lowered.detach()) * scale,
             kept=torch.randn_like(leaves.kept.detach()) * scale,
         )
-        ours.update(numbers, gradient, leaves, layout)
+        ours.update(numbers, gradient, leaves)
         assert torch.equal(leaves.lowered, layout.parted(numbers.weights)[0].float())
         assert torch.equal(leaves.kept, layout.parted(numbers.weights)[1])
         for k, (optimizer, config) in enumerate(zip(optimizers, configs, strict=True)):
-            named = layout.named(gradient.whole()[k])
+            named = layout.named(gradient.whole(layout)[k])
             for parameter, of_parameter in zip(twins[k], named.values(), strict=True):
                 parameter.grad = of_parameter.clone()
             if config.clip_norm is not None:
@@ -103,7 +109,7 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lrs[k]
             optimizer.step()
-    for k, name in enumerate(RULES):
+    for k, name in enumerate(SECTIONS):
         found = torch.cat([each.flatten() for each in layout.named(numbers.weights[k]).values()])
         expected = torch.cat([parameter.detach().flatten() for parameter in twins[k]])
         torch.testing.assert_close(
@@ -118,7 +124,9 @@ def test_parameters_of_an_odd_size_move_no_other_off_its_place() -> None:
     assert layout.lowered_size == 48 + 80 + 21
     numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in range(3)])
     leaves = Leaves(numbers.weights, layout, torch.bfloat16)
-    assert leaves.lowered.stride(0) == 152
+    assert leaves.lowered.stride(0) == layout.kept_at == 160
+    assert layout.trained == 48 + 80 + 21 + 3 + 6 + 16 + 5
+    assert layout.size == 192
     state = model.state_dict()
     for k in range(3):
         named = layout.named(numbers.weights[k])
@@ -139,7 +147,7 @@ def test_what_autocast_casts_may_be_cast_beforehand(
         for index, name in enumerate(["adamw", "sgd", "nesterov", "adam"])
     ]
 
-    def trained() -> list[dict[str, torch.Tensor]]:
+    def of_cohort() -> list[dict[str, torch.Tensor]]:
         cohort = bench.cohort(configs[0])
         members = [cohort.join(config) for config in configs[:3]]
         cohort.epoch()
@@ -155,8 +163,127 @@ def test_what_autocast_casts_may_be_cast_beforehand(
 
     lowered: list[int] = []
     monkeypatch.setattr(cohort_engine, "lowered_parameters", weights)
-    beforehand = trained()
+    beforehand = of_cohort()
     monkeypatch.setattr(cohort_engine, "lowered_parameters", lambda *_: frozenset())
-    at_every_step = trained()
+    at_every_step = of_cohort()
     assert lowered[0] > lowered[1] == 0
     torch.testing.assert_close(beforehand, at_every_step, rtol=0, atol=0)
+
+
+@pytest.fixture
+def bench(make_config: MakeConfig, make_dataset: MakeDataset) -> Bench:
+    return Bench(make_config, make_dataset)
+
+
+@pytest.fixture
+def in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the kernel."""
+    monkeypatch.setattr(update, "in_rows", lambda *_: True)
+
+
+def trained(training: Training) -> list[Measurement]:
+    return list(training.epochs())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+def test_a_trial_in_rows_gets_what_torchs_optimizers_give(
+    model: str, optimizer: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = bench.config(1, varied(1, optimizer, schedule="cosine"), MODELS[model])
+    usual = bench.alone(config)
+    expected = trained(usual)
+    monkeypatch.setattr(update, "in_rows", lambda *_: True)
+    ours = bench.alone(config)
+    assert isinstance(engine_of(ours)._step.update, update.RowUpdate)
+    assert ours.parameters == usual.parameters
+    assert_equal(ours, trained(ours), usual, expected)
+
+
+def engine_of(training: Training) -> Engine:
+    assert isinstance(training, NetworkTraining)
+    assert training._engine is not None
+    return training._engine
+
+
+@pytest.mark.parametrize("first_in_rows", [True, False])
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+def test_a_checkpoint_goes_on_in_rows_and_out_of_them(
+    optimizer: str, first_in_rows: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where kernels of convolutions lie in rows as the images do."""
+    config = bench.config(3, varied(3, optimizer), MODELS["cnn"])
+    whole = bench.alone(config)
+    expected = trained(whole)
+    monkeypatch.setattr(update, "in_rows", lambda *_: first_in_rows)
+    half = bench.alone(config)
+    epochs = half.epochs()
+    begun = [next(epochs)]
+    state = half.state_dict()
+    monkeypatch.setattr(update, "in_rows", lambda *_: not first_in_rows)
+    other = bench.alone(config)
+    other.load_state_dict(state)
+    assert_equal(other, begun + trained(other), whole, expected)
+
+
+@pytest.mark.usefixtures("in_rows")
+@pytest.mark.parametrize("model", MODELS)
+def test_a_trial_may_have_cast_beforehand_what_autocast_casts(
+    model: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and where the model is evaluated its own weights are the new ones."""
+    config = bench.config(1, varied(1, "adamw"), MODELS[model], precision="bfloat16")
+    beforehand = bench.alone(config)
+    measured = trained(beforehand)
+    monkeypatch.setattr(update, "lowered_parameters", lambda *_: frozenset())
+    at_every_step = bench.alone(config)
+    expected = trained(at_every_step)
+    assert [each.metrics["val_loss"] for each in measured] == [
+        each.metrics["val_loss"] for each in expected
+    ]
+    torch.testing.assert_close(
+        beforehand.state_dict()["engine"], at_every_step.state_dict()["engine"], rtol=0, atol=0
+    )
+
+
+@pytest.mark.usefixtures("in_rows")
+def test_parameters_stay_views_of_the_row_and_kernels_lie_channels_last(bench: Bench) -> None:
+    config = bench.config(1, varied(1, "adam"), MODELS["cnn"], precision="float32")
+    training = bench.alone(config)
+    before = engine_of(training).model.state_dict()
+    address = next(iter(before.values())).untyped_storage().data_ptr()
+    epochs = training.epochs()
+    next(epochs)
+    training.load_state_dict(training.state_dict())
+    model = engine_of(training).model
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().data_ptr() == address
+        if parameter.dim() == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("in_rows")
+def test_a_trial_in_rows_can_be_compiled(bench: Bench) -> None:
+    pytest.importorskip("torch._inductor")
+    config = bench.config(0, varied(0, "adamw"), MODELS["mixer"], compile="on")
+    compiled = bench.alone(config)
+    assert compiled.notes["compile"].startswith("compiled in")
+    plain = config.train.model_copy(update={"compile": "off"})
+    eager = bench.alone(config.model_copy(update={"train": plain}))
+    assert_equal(compiled, trained(compiled), eager, trained(eager))
+
+
+def test_rows_are_for_a_gpu_and_for_what_they_have_rules_for(make_config: MakeConfig) -> None:
+    pytest.importorskip("triton", reason="this torch came without Triton")
+    cuda = torch.device("cuda")
+    if reason := lacking(cuda):
+        pytest.skip(reason)
+    assert update.in_rows(make_config(), cuda)
+    assert not update.in_rows(make_config(), CPU)
+    for other in (
+        make_config({"name": "resnet18"}),
+        make_config(optimizer={"name": "rmsprop"}),
+        make_config(precision="float16"),
+        make_config(layer_statistics=True),
+    ):
+        assert not update.in_rows(other, cuda)

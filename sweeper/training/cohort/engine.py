@@ -282,7 +282,7 @@ class CohortEngine:
                 leaves.lowered, leaves.kept, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
             )
         gradient = leaves.gradient(losses_K.sum())
-        self._optimizer.update(numbers, gradient, leaves, self.layout)
+        self._optimizer.update(numbers, gradient, leaves)
         with torch.no_grad():
             self._totals.add(losses_K, logits_KBC, labels_KB)
 

@@ -210,7 +210,7 @@ class Member(NetworkTrial):
         self._cohort = cohort
         self._engine = engine
         self._seat: Seat | None = engine.seat(config)
-        self.parameters = engine.layout.size
+        self.parameters = engine.layout.trained
         self.notes["precision"] = engine.precision.name
         self.notes["graph"] = "that of its cohort"
         self.notes["compile"] = (

@@ -11,6 +11,7 @@ import torch
 from sweeper.config import TrialConfig
 from sweeper.config.model import Svm
 from sweeper.space import FUSIBLE
+from sweeper.training.rows.optimizer import RULES
 
 Way = Literal["alone", "cohort", "streams"]
 """How a trial trains: by itself in its worker, in one batch with others of its structure, or beside
@@ -19,17 +20,14 @@ others with a captured step and a stream of its own."""
 FAMILIES: Final = frozenset({"mlp", "mixer", "cnn", "vit"})
 """Models whose forward pass gives every member what it gives alone (tested in float64)."""
 
-OPTIMIZERS: Final = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw"})
-"""Rules of `sweeper.training.rows.optimizer`."""
-
 
 def why_alone(config: TrialConfig, device: torch.device) -> str | None:
     """Why a trial of this configuration cannot join a cohort on ``device``, or None if it can."""
     model, optimizer, train = config.model, config.optimizer, config.train
     if model.name not in FAMILIES:
         return f"model {model.name} is none of {_listed(FAMILIES)}"
-    if optimizer.name not in OPTIMIZERS:
-        return f"optimizer {optimizer.name} is none of {_listed(OPTIMIZERS)}"
+    if optimizer.name not in RULES:
+        return f"optimizer {optimizer.name} is none of {_listed(RULES)}"
     if train.precision == "float16":
         return "loss scaling for float16 is one trial's"
     if train.layer_statistics:

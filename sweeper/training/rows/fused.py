@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from sweeper.training.rows.leaves import Gradient
+from sweeper.training.rows.leaves import Gradient, Leaves
 from sweeper.training.rows.numbers import Numbers
 
 _BLOCK: Final = 1024
@@ -48,13 +48,14 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     share,
     size,
     lowered_size,
-    lowered_pitch,
+    kept_at,
+    kept_size,
     block: tl.constexpr,
 ):
     """Blocks of the weights of one model a program: axis 0 is the block, axis 1 the model.
 
     The first ``lowered_size`` numbers of each have a gradient of their own, and a copy in its
-    dtype, whose rows are ``lowered_pitch`` apart.
+    dtype, whose rows are ``kept_at`` apart; the others are ``kept_size`` from there on.
     """
     k = tl.program_id(1)
     row = k.to(tl.int64)
@@ -64,9 +65,10 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     at = row * size + column
     w = tl.load(weights + at, mask=inside)
     from_lowered = lowered_gradient + row * lowered_size + column
-    from_kept = kept_gradient + row * (size - lowered_size) + column - lowered_size
+    is_kept = (column >= kept_at) & (column < kept_at + kept_size)
+    from_kept = kept_gradient + row * kept_size + column - kept_at
     g = tl.load(from_lowered, mask=is_lowered, other=0.0).to(w.dtype)
-    g = g + tl.load(from_kept, mask=inside & (column >= lowered_size), other=0.0)
+    g = g + tl.load(from_kept, mask=is_kept, other=0.0)
     g = g * tl.load(share + k)
     decay = tl.load(coupled + k)
     if decay != 0:
@@ -99,33 +101,33 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
                 direction = g + direction * kept
         w = w + direction * tl.load(minus_lr + k)
     tl.store(weights + at, w, mask=inside)
-    copy = lowered + row * lowered_pitch + column
+    copy = lowered + row * kept_at + column
     tl.store(copy, w.to(lowered.dtype.element_ty), mask=is_lowered)
 
 
 def update(
-    numbers: Numbers, gradient: Gradient, lowered_KQ: Tensor, columns: Mapping[str, Tensor]
+    numbers: Numbers, gradient: Gradient, leaves: Leaves, columns: Mapping[str, Tensor]
 ) -> None:
     """One step of every model, in place; ``steps`` counts it already.
 
-    ``columns`` [K, 1] are the hyper-parameters, by the names that the kernel has for them, and
-    ``lowered_KQ`` is the copy of the first Q weights, which is written as well.
+    ``columns`` [K, 1] are the hyper-parameters, by the names that the kernel has for them. The
+    lowered copy in ``leaves`` is written as well.
     """
     weights_KP = numbers.weights
     slots, size = weights_KP.shape
-    lowered_size = lowered_KQ.shape[1]
     settings: dict[str, Any] = {name: column.contiguous() for name, column in columns.items()}
     _update[(triton.cdiv(size, _BLOCK), slots)](
         weights=weights_KP,
-        lowered=_somewhere(lowered_KQ, weights_KP),
+        lowered=_somewhere(leaves.lowered, weights_KP),
         lowered_gradient=_somewhere(gradient.lowered.contiguous(), weights_KP),
         kept_gradient=_somewhere(gradient.kept.contiguous(), weights_KP),
         first=numbers.first,
         second=numbers.second,
         steps=numbers.steps,
         size=size,
-        lowered_size=lowered_size,
-        lowered_pitch=lowered_KQ.stride(0),
+        lowered_size=leaves.layout.lowered_size,
+        kept_at=leaves.layout.kept_at,
+        kept_size=leaves.layout.kept_size,
         block=_BLOCK,
         **settings,
     )

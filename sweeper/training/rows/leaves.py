@@ -6,13 +6,12 @@ are cast where the update has them at hand anyway, all in one, and their gradien
 come. The numbers are the same: what autocast would cast is cast, by the same rounding, and the
 update is done in float32 on weights in float32.
 
-Shapes: ``K`` models, ``P`` trained numbers of one, ``Q`` of them lowered.
+Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that are not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from sweeper.training.precision import Precision
 from sweeper.training.rows.numbers import Layout
 
-_ALIGNED: Final = 8
 
-
-def lowered_parameters(model: nn.Module, precision: Precision) -> frozenset[str]:
-    """The parameters that autocast casts to bfloat16: weights and biases of linear layers.
+def lowered_parameters(
+    model: nn.Module, precision: Precision, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)
+) -> frozenset[str]:
+    """The parameters that autocast casts to bfloat16: weights and biases of layers of ``kinds``.
 
     None without autocast, and none with float16, whose gradients have to be scaled back first.
     Under vmap autocast would leave the biases, and all that follows a linear layer would be twice
@@ -35,45 +34,43 @@ def lowered_parameters(model: nn.Module, precision: Precision) -> frozenset[str]
     return frozenset(
         f"{name}.{of_layer}"
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear
+        if type(layer) in kinds
         for of_layer, _ in layer.named_parameters()
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Of ``lowered`` [K, Q], in its dtype, and of ``kept`` [K, P - Q]."""
+    """Of ``lowered`` [K, Q], in its dtype, and of ``kept`` [K, R]."""
 
     lowered: Tensor
     kept: Tensor
 
-    def whole(self) -> Tensor:
+    def whole(self, layout: Layout) -> Tensor:
         """[K, P], in the dtype of what is kept."""
-        return torch.cat([self.lowered.to(self.kept.dtype), self.kept], dim=1)
+        return layout.whole(self.lowered.to(self.kept.dtype), self.kept)
 
 
 class Leaves:
     """``lowered`` [K, Q], a copy of the first numbers of ``weights_KP`` in ``dtype``, and ``kept``
-    [K, P - Q], the others themselves.
+    [K, R], the others themselves.
 
     Who changes the weights has to :meth:`refresh` the copy.
     """
 
     def __init__(self, weights_KP: Tensor, layout: Layout, dtype: torch.dtype) -> None:
-        self._weights_KP, self._layout = weights_KP.detach(), layout
-        size = layout.lowered_size
-        # Every row begins where a matrix product likes to read, whatever the size of one.
-        padded = -(-size // _ALIGNED) * _ALIGNED
-        memory = torch.empty(len(weights_KP), padded, dtype=dtype, device=weights_KP.device)
-        self.lowered = memory[:, :size].requires_grad_(True)
+        self._weights_KP, self.layout = weights_KP.detach(), layout
+        size = len(weights_KP), layout.kept_at  # a row begins where a matrix product likes to read
+        memory = torch.empty(size, dtype=dtype, device=weights_KP.device)
+        self.lowered = memory[:, : layout.lowered_size].requires_grad_(True)
         self.kept = layout.parted(self._weights_KP)[1].requires_grad_(True)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights once more, in place."""
-        if self._layout.lowered_size:
-            self.lowered.copy_(self._layout.parted(self._weights_KP)[0])
+        if self.layout.lowered_size:
+            self.lowered.copy_(self.layout.parted(self._weights_KP)[0])
 
     def gradient(self, loss: Tensor) -> Gradient:
         """The gradient of ``loss`` by all weights."""

@@ -1,6 +1,6 @@
 """One model's numbers as a row, and those of several as matrices.
 
-Shapes: ``K`` models, ``P`` trained numbers of one, ``Q`` of them that are lowered.
+Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that are not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sweeper.errors import UsageError
 
-_ALIGNED: Final = 8
-"""So many numbers of two bytes are what a matrix product likes to read at once."""
+_CPU: Final = torch.device("cpu")
+_ALIGNED: Final = 16
+"""Matrix products and compiled kernels like addresses that are a multiple of so many numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +25,24 @@ class Layout:
     """Where each parameter of a model lies in its flat row, and which buffers it has.
 
     ``shapes`` are in the model's order. In a row the ``lowered`` come first, the Q numbers that a
-    step reads in autocast's dtype, and in both parts those whose size would shift others off the
-    addresses that a matrix product likes come last.
+    step reads in autocast's dtype; both parts begin at addresses that kernels like, and end with
+    those parameters whose size would shift others off them. What lies between is zero and is not
+    trained. ``channels_last``: how kernels of convolutions lie in a row.
     """
 
     shapes: Mapping[str, torch.Size]
     buffers: tuple[str, ...]
     lowered: frozenset[str] = frozenset()
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, *, lowered: frozenset[str] = frozenset()) -> Self:
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        lowered: frozenset[str] = frozenset(),
+        channels_last: bool = False,
+    ) -> Self:
         """Raises UsageError where a parameter is not trained: a row has no place for those."""
         shapes: dict[str, torch.Size] = {}
         for name, parameter in model.named_parameters():
@@ -42,17 +51,32 @@ class Layout:
             shapes[name] = parameter.shape
         kept = model.state_dict()
         buffers = tuple(name for name in kept if name not in shapes)
-        return cls(shapes=shapes, buffers=buffers, lowered=lowered)
+        return cls(shapes=shapes, buffers=buffers, lowered=lowered, channels_last=channels_last)
 
     @cached_property
-    def size(self) -> int:
-        """P."""
+    def trained(self) -> int:
+        """How many numbers are trained."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @cached_property
     def lowered_size(self) -> int:
         """Q."""
         return sum(self.shapes[name].numel() for name in self.lowered)
+
+    @cached_property
+    def kept_at(self) -> int:
+        """Where in a row the others begin."""
+        return _aligned(self.lowered_size)
+
+    @cached_property
+    def kept_size(self) -> int:
+        """R."""
+        return self.trained - self.lowered_size
+
+    @cached_property
+    def size(self) -> int:
+        """P."""
+        return _aligned(self.kept_at + self.kept_size)
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -65,26 +89,47 @@ class Layout:
 
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
         """The parameters of a ``state_dict`` as a row [P]."""
-        return torch.cat([state[name].flatten() for name in self.order])
+        first = [self._flat(state[name]) for name in self.order if name in self.lowered]
+        then = [self._flat(state[name]) for name in self.order if name not in self.lowered]
+        none = next(iter(state.values())).new_empty(0)
+        return self.whole(torch.cat([none, *first]), torch.cat([none, *then]))
+
+    def whole(self, lowered_Q: Tensor, kept_R: Tensor) -> Tensor:
+        """Rows [..., P] of two parts, which share a dtype."""
+        gap = lowered_Q.new_zeros(*lowered_Q.shape[:-1], self.kept_at - self.lowered_size)
+        rest = kept_R.new_zeros(*kept_R.shape[:-1], self.size - self.kept_at - self.kept_size)
+        return torch.cat([lowered_Q, gap, kept_R, rest], dim=-1)
 
     def named(self, row_P: Tensor) -> dict[str, Tensor]:
         """The parameters in a row, as views, in the model's order."""
         return self.joined(*self.parted(row_P))
 
     def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [..., Q] and [..., P - Q] of [..., P]: what is lowered, and the rest."""
-        return rows[..., : self.lowered_size], rows[..., self.lowered_size :]
+        """Views [..., Q] and [..., R] of [..., P]: what is lowered, and the rest."""
+        kept = rows[..., self.kept_at : self.kept_at + self.kept_size]
+        return rows[..., : self.lowered_size], kept
 
-    def joined(self, lowered_Q: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    def joined(self, lowered_Q: Tensor, kept_R: Tensor) -> dict[str, Tensor]:
         """The parameters in two parts of a row, as views, in the model's order.
 
         Every part is split once, so that its gradient is made in one piece as well.
         """
-        parts = self.split(lowered_Q, kept)
+        parts = self.split(lowered_Q, kept_R)
         return {
-            name: part.view(shape)
+            name: self._shaped(part, shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    def _flat(self, value: Tensor) -> Tensor:
+        return (value.permute(0, 2, 3, 1) if self._is_turned(value.shape) else value).flatten()
+
+    def _shaped(self, part: Tensor, shape: torch.Size) -> Tensor:
+        if not self._is_turned(shape):
+            return part.view(shape)
+        return part.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+
+    def _is_turned(self, shape: torch.Size) -> bool:
+        return self.channels_last and len(shape) == 4
 
     def split(self, lowered: Tensor, kept: Tensor) -> list[Tensor]:
         """Views [..., numbers of a parameter] of two parts of rows, in the model's order."""
@@ -188,6 +233,10 @@ class Numbers:
         )
 
 
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
 def model_state(numbers: Numbers, layout: Layout, order: Sequence[str]) -> dict[str, Tensor]:
     """One member's ``state_dict`` of its model, as views, in the model's ``order``."""
     found = {**layout.named(numbers.weights), **numbers.buffers}
@@ -204,15 +253,16 @@ def load_model_state(numbers: Numbers, layout: Layout, state: Mapping[str, Tenso
 
 
 def optimizer_state(
-    numbers: Numbers, layout: Layout, kept: Sequence[str]
+    numbers: Numbers, layout: Layout, kept: Sequence[str], device: torch.device = _CPU
 ) -> dict[int, dict[str, Any]]:
-    """One member's optimizer state as ``torch.optim`` keeps it, by position of the parameter.
+    """One model's optimizer state as ``torch.optim`` keeps it, by position of the parameter.
 
-    ``kept``: its names there, ``momentum_buffer`` of SGD or ``step``, ``exp_avg``, ``exp_avg_sq``.
+    The copies are on ``device``. ``kept``: its names there, ``momentum_buffer`` of SGD or ``step``,
+    ``exp_avg``, ``exp_avg_sq``.
     """
-    steps = float(numbers.steps)
-    if not kept or steps == 0:
+    if not kept:
         return {}
+    steps = numbers.steps.to(device, torch.float32)
     series = {
         "momentum_buffer": numbers.first,
         "exp_avg": numbers.first,
@@ -222,9 +272,9 @@ def optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for position in range(len(layout.shapes)):
         state[position] = {
-            name: torch.tensor(steps, dtype=torch.float32)
-            if name == "step"
-            else tensors[name][position].detach().to("cpu", copy=True)
+            name: (steps if name == "step" else tensors[name][position].detach()).to(
+                device, copy=True
+            )
             for name in kept
         }
     return state

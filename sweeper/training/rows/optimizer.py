@@ -5,7 +5,7 @@ which take no learning rate a model. What a model's rule does not use is left ou
 never multiplied by zero: zero times a neighbour's NaN would be no neighbour's, but zero times an
 own overflow would.
 
-Shapes: ``K`` slots, ``P`` trained numbers of one model; ``K1`` is [K, 1], one number a model.
+Shapes: ``K`` slots, ``P`` numbers of one model; ``K1`` is [K, 1], one number a model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from sweeper.config.optimizer import OptimizerConfig
 from sweeper.training.compiling import lacking
 from sweeper.training.rows.leaves import Gradient, Leaves
 from sweeper.training.rows.numbers import Layout, Numbers
+
+RULES: Final = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw"})
+"""Optimizers by the names of the configuration."""
 
 _ADAM_EPS: Final = 1e-8
 """torch.optim's own, for Adam and AdamW."""
@@ -126,14 +129,14 @@ class RowOptimizer:
         )
 
     @torch.no_grad()
-    def update(self, numbers: Numbers, gradient: Gradient, leaves: Leaves, layout: Layout) -> None:
+    def update(self, numbers: Numbers, gradient: Gradient, leaves: Leaves) -> None:
         """One step of every row, in place, ``leaves`` included."""
         numbers.steps.add_(1)
-        share_K1 = self._share(gradient, layout) if self.program.clipped else self._unclipped
+        share_K1 = self._share(gradient, leaves.layout) if self.program.clipped else self._unclipped
         if self._fused is not None:
-            self._fused(numbers, gradient, leaves.lowered, {**self._columns(), "share": share_K1})
+            self._fused(numbers, gradient, leaves, {**self._columns(), "share": share_K1})
             return
-        gradient_KP = gradient.whole()
+        gradient_KP = gradient.whole(leaves.layout)
         if self.program.clipped:
             gradient_KP.mul_(share_K1)
         self._unfused(numbers, gradient_KP)
@@ -215,7 +218,7 @@ class RowOptimizer:
 
 def _fused_update(
     device: torch.device,
-) -> Callable[[Numbers, Gradient, Tensor, dict[str, Tensor]], None] | None:
+) -> Callable[[Numbers, Gradient, Leaves, dict[str, Tensor]], None] | None:
     """The update as one kernel: on CUDA, where there is Triton and the compiler that it needs."""
     if device.type != "cuda" or lacking(device):
         return None
