@@ -45,7 +45,7 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     eps,
     is_adam,
     is_nesterov,
-    share,
+    clip_share,
     size,
     lowered_size,
     kept_at,
@@ -69,7 +69,7 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     from_kept = kept_gradient + row * kept_size + column - kept_at
     g = tl.load(from_lowered, mask=is_lowered, other=0.0).to(w.dtype)
     g = g + tl.load(from_kept, mask=is_kept, other=0.0)
-    g = g * tl.load(share + k)
+    g = g * tl.load(clip_share + k)
     decay = tl.load(coupled + k)
     if decay != 0:
         g = g + w * decay
@@ -102,7 +102,7 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
         w = w + direction * tl.load(minus_lr + k)
     tl.store(weights + at, w, mask=inside)
     copy = lowered + row * kept_at + column
-    tl.store(copy, w.to(lowered.dtype.element_ty), mask=is_lowered)
+    tl.store(copy, w.to(lowered.dtype.element_ty), mask=column < kept_at)  # to where rows end
 
 
 def update(
@@ -129,6 +129,7 @@ def update(
         kept_at=leaves.layout.kept_at,
         kept_size=leaves.layout.kept_size,
         block=_BLOCK,
+        enable_fp_fusion=True,  # Triton 3.10 will not do it unasked
         **settings,
     )
 

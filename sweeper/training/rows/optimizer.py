@@ -134,7 +134,7 @@ class RowOptimizer:
         numbers.steps.add_(1)
         share_K1 = self._share(gradient, leaves.layout) if self.program.clipped else self._unclipped
         if self._fused is not None:
-            self._fused(numbers, gradient, leaves, {**self._columns(), "share": share_K1})
+            self._fused(numbers, gradient, leaves, {**self._columns(), "clip_share": share_K1})
             return
         gradient_KP = gradient.whole(leaves.layout)
         if self.program.clipped:
