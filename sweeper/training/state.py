@@ -42,11 +42,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[st
     State that ``saved`` lacks becomes zero: all optimizers here begin with zeros, and SGD's first
     momentum is the gradient, which a buffer of zeros makes as well.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not optimizer.state:
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        laid = {position: _laid_like(parameters[position], saved[position]) for position in saved}
+        optimizer.load_state_dict({"state": laid, "param_groups": groups})
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for position, parameter in enumerate(parameters):
         before = saved.get(position, {})
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -55,6 +56,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[st
                     value.copy_(before[name])
                 else:
                     value.zero_()
+
+
+def _laid_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` in memory as ``parameter`` is: a fused optimizer goes through both side by side.
+
+    Another update may have kept it otherwise, a cohort's for one.
+    """
+    return {
+        name: torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
+        else value
+        for name, value in state.items()
+    }
 
 
 def _copied(value: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import (
     Layout,
     Numbers,
+    kernels_like_images,
     load_optimizer_state,
     optimizer_state,
 )
@@ -170,17 +171,18 @@ class RowUpdate:
         memory_format: torch.memory_format,
     ) -> None:
         self._model, self._config = model, config.optimizer
-        lowered = lowered_parameters(model, precision, (nn.Linear, nn.Conv2d))
         self._layout = layout = Layout.of(
-            model, lowered=lowered, channels_last=memory_format is torch.channels_last
+            model,
+            lowered=lowered_parameters(model, precision, (nn.Linear, nn.Conv2d)),
+            stored=kernels_like_images(model) if memory_format is torch.channels_last else {},
         )
         initial = replace(Numbers.initial(model, layout), buffers={})  # the model keeps its own
         self._numbers = Numbers.stacked([initial])
-        for name, view in layout.named(self._numbers.weights).items():
+        for name, view in layout.named(self._numbers.weights[0]).items():
             parent, _, of_layer = name.rpartition(".")
             setattr(model.get_submodule(parent), of_layer, nn.Parameter(view))
         dtype = precision.autocast or precision.dtype
-        self._leaves = Leaves(self._numbers.weights, layout, dtype)
+        self._leaves = Leaves(self._numbers.weights, layout, dtype, alone=True)
         device = self._numbers.weights.device
         self._optimizer = RowOptimizer(1, dtype=precision.dtype, device=device)
         self.forward: Forward = self._run_by(self._logits)
@@ -217,11 +219,10 @@ class RowUpdate:
         load_optimizer_state(self._numbers.slot(0), self._layout, state["optimizer"])
         self._leaves.refresh()
 
-    def _logits(self, lowered_1Q: Tensor, kept_1R: Tensor, x_BCHW: Tensor) -> Tensor:
-        named = self._layout.joined(lowered_1Q, kept_1R)
+    def _logits(self, named: dict[str, Tensor], x_BCHW: Tensor) -> Tensor:
         logits_BK: Tensor = functional_call(self._model, named, (x_BCHW,))
         return logits_BK
 
-    def _run_by(self, logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Forward:
-        lowered, kept = self._leaves.lowered, self._leaves.kept
-        return lambda x_BCHW: logits(lowered, kept, x_BCHW)
+    def _run_by(self, logits: Callable[[dict[str, Tensor], Tensor], Tensor]) -> Forward:
+        named = self._leaves.named
+        return lambda x_BCHW: logits(named, x_BCHW)

@@ -188,11 +188,15 @@ def test_a_slot_that_stays_empty_changes_nothing(bench: Bench) -> None:
     assert len(engine.seats) == 3
 
 
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_checkpoint_goes_on_alone_and_the_other_way_round(optimizer: str, bench: Bench) -> None:
+def test_a_checkpoint_goes_on_alone_and_the_other_way_round(
+    optimizer: str, model: str, bench: Bench
+) -> None:
+    """However weights and what the optimizer keeps of them lie in memory here and there."""
     schedule = {"name": "plateau", "patience": 0, "factor": 0.5, "monitor": "val_accuracy"}
-    config = bench.config(3, varied(3, optimizer, schedule=schedule), epochs=4)
-    neighbour = bench.config(1, varied(1, "adam"), epochs=4)
+    config = bench.config(3, varied(3, optimizer, schedule=schedule), MODELS[model], epochs=4)
+    neighbour = bench.config(1, varied(1, "adam"), MODELS[model], epochs=4)
     whole = bench.alone(config)
     expected = list(whole.epochs())
 

@@ -94,7 +94,7 @@ def stepped(config: TrialConfig, device: FakeCuda, monkeypatch: pytest.MonkeyPat
     return engine
 
 
-def blank_gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def blank_gradient(loss: Tensor, leaves: list[Tensor], **_: bool) -> list[Tensor]:
     assert loss.requires_grad
     return [torch.zeros_like(leaf) for leaf in leaves]
 

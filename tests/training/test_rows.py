@@ -124,15 +124,17 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
         lrs = [config.lr * 0.9**step for config in configs]
         ours.configure(configs, lrs)
         scale = 10.0 ** (step - 5)
+        named = {name: torch.randn_like(leaf.detach()) for name, leaf in leaves.named.items()}
+        parts = [part * scale for part in layout.joined(named)]
         gradient = Gradient(
-            lowered=torch.randn_like(leaves.lowered.detach()) * scale,
-            kept=torch.randn_like(leaves.kept.detach()) * scale,
+            named={name: value * scale for name, value in named.items()},
+            lowered=parts[0],
+            kept=parts[1],
         )
         ours.update(numbers, gradient, leaves)
-        assert torch.equal(leaves.lowered, layout.parted(numbers.weights)[0].float())
-        assert torch.equal(leaves.kept, layout.parted(numbers.weights)[1])
+        assert torch.equal(leaves.lowered, numbers.weights[:, : layout.kept_at].float())
         for k, (optimizer, config) in enumerate(zip(optimizers, configs, strict=True)):
-            named = layout.named(gradient.whole(layout)[k])
+            named = layout.named(gradient.whole(layout, torch.float64)[k])
             for parameter, of_parameter in zip(twins[k], named.values(), strict=True):
                 parameter.grad = of_parameter.clone()
             if config.clip_norm is not None:
@@ -151,7 +153,7 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
 def test_parameters_of_an_odd_size_move_no_other_off_its_place() -> None:
     model = nn.Sequential(nn.Linear(7, 3), nn.LayerNorm(3), nn.Linear(3, 16), nn.Linear(16, 5))
     layout = Layout.of(model, lowered=frozenset({"0.weight", "2.weight", "3.weight"}))
-    assert layout.order[:3] == ("2.weight", "3.weight", "0.weight")
+    assert tuple(layout.places)[:3] == ("2.weight", "3.weight", "0.weight")
     assert layout.lowered_size == 48 + 80 + 21
     numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in range(3)])
     leaves = Leaves(numbers.weights, layout, torch.bfloat16)

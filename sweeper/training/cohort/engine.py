@@ -34,7 +34,7 @@ from sweeper.training.inputs import Inputs, batches_of, drawn_order
 from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
-from sweeper.training.rows.numbers import Layout, Numbers
+from sweeper.training.rows.numbers import Layout, Numbers, inputs_first
 from sweeper.training.rows.optimizer import RowOptimizer
 from sweeper.training.turns import Steps, driven, settled
 
@@ -74,7 +74,11 @@ class CohortEngine:
         self._device = device
         self.precision = precision_of(config.train, device)
         model = self._built(config)
-        self.layout = Layout.of(model, lowered=lowered_parameters(model, self.precision))
+        self.layout = Layout.of(
+            model,
+            lowered=lowered_parameters(model, self.precision),
+            stored=inputs_first(model),
+        )
         self.names = tuple(model.state_dict())
         self._noise = Noise(model, precision=self.precision, device=device)
         self._template = _with_wide_norms(with_masks(model))
@@ -279,7 +283,7 @@ class CohortEngine:
         losses = self._ready.losses if full else self._losses  # a rest would be compiled anew
         with self._forward():
             losses_K, logits_KBC = losses(
-                leaves.lowered, leaves.kept, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
+                leaves.named, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
             )
         gradient = leaves.gradient(losses_K.sum())
         self._optimizer.update(numbers, gradient, leaves)
@@ -288,14 +292,13 @@ class CohortEngine:
 
     def _losses(
         self,
-        lowered_KQ: Tensor,
-        kept_KR: Tensor,
+        weights: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         x_KBCHW: Tensor,
         labels_KB: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Loss [K] and logits [K, B, C]: what ``train.compile`` compiles, both passes."""
-        logits_KBC = vmap(self._logits)(lowered_KQ, kept_KR, buffers, x_KBCHW)
+        logits_KBC = vmap(self._logits)(weights, buffers, x_KBCHW)
         return self._loss(logits_KBC, labels_KB), logits_KBC
 
     @contextlib.contextmanager
@@ -309,10 +312,9 @@ class CohortEngine:
             yield
 
     def _logits(
-        self, lowered_Q: Tensor, kept_R: Tensor, buffers: Mapping[str, Tensor], x_BCHW: Tensor
+        self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x_BCHW: Tensor
     ) -> Any:
-        named = {**self.layout.joined(lowered_Q, kept_R), **buffers}
-        return functional_call(self._template, named, (x_BCHW,))
+        return functional_call(self._template, {**weights, **buffers}, (x_BCHW,))
 
     @torch.no_grad()
     def _evaluated(self, numbers: Numbers, loss: CohortLoss, inputs: Inputs) -> Steps[list[Pass]]:
@@ -320,14 +322,14 @@ class CohortEngine:
         slots = len(numbers.weights)
         totals = _Totals(slots, self._device)
         batch = evaluation_batch(self._config.model, self._dataset.shape, self._device, slots=slots)
-        forward = vmap(self._logits, in_dims=(0, 0, 0, None))
+        forward = vmap(self._logits, in_dims=(0, 0, None))
         leaves = self._leaves_of(numbers)
         started = time.perf_counter()
         for start in range(0, len(inputs), batch):
             yield None
             x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
             with self._forward():
-                logits_KBC = forward(leaves.lowered, leaves.kept, numbers.buffers, x_BCHW)
+                logits_KBC = forward(leaves.named, numbers.buffers, x_BCHW)
             totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
         yield from settled(self._device)
         passes = totals.passes(len(inputs))

@@ -11,6 +11,7 @@ Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,43 +42,51 @@ def lowered_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Of ``lowered`` [K, Q], in its dtype, and of ``kept`` [K, R]."""
+    """Of the parameters by name [K, shape], and as rows: ``lowered`` [K, Q] and ``kept`` [K, R]."""
 
+    named: Mapping[str, Tensor]
     lowered: Tensor
     kept: Tensor
 
-    def whole(self, layout: Layout) -> Tensor:
-        """[K, P], in the dtype of what is kept."""
-        return layout.whole(self.lowered.to(self.kept.dtype), self.kept)
+    def whole(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """[K, P] in ``dtype``."""
+        return layout.whole(self.lowered.to(dtype), self.kept.to(dtype))
 
 
 class Leaves:
-    """``lowered`` [K, Q], a copy of the first numbers of ``weights_KP`` in ``dtype``, and ``kept``
-    [K, R], the others themselves.
+    """``named`` parameters [K, shape], by which a loss is differentiated: views of ``weights_KP``,
+    or of ``lowered``, a copy in ``dtype`` of its first numbers. ``alone``: of one row, as [shape].
 
-    Who changes the weights has to :meth:`refresh` the copy.
+    Each is a leaf of its own: of one row that is split, compiled code would put the gradient
+    together piece by piece. Who changes the weights has to :meth:`refresh` the copy.
     """
 
-    def __init__(self, weights_KP: Tensor, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights_KP: Tensor, layout: Layout, dtype: torch.dtype, *, alone: bool = False
+    ) -> None:
+        self._alone = alone
         self._weights_KP, self.layout = weights_KP.detach(), layout
         size = len(weights_KP), layout.kept_at  # a row begins where a matrix product likes to read
-        memory = torch.empty(size, dtype=dtype, device=weights_KP.device)
-        self.lowered = memory[:, : layout.lowered_size].requires_grad_(True)
-        self.kept = layout.parted(self._weights_KP)[1].requires_grad_(True)
+        self.lowered = torch.zeros(size, dtype=dtype, device=weights_KP.device)
+        self.named: dict[str, Tensor] = {}
+        for name, place in layout.places.items():
+            rows = self.lowered if name in layout.lowered else self._weights_KP
+            leaf = layout.shaped(name, (rows[0] if alone else rows)[..., place])
+            self.named[name] = leaf.requires_grad_(True)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights once more, in place."""
         if self.layout.lowered_size:
-            self.lowered.copy_(self.layout.parted(self._weights_KP)[0])
+            self.lowered.copy_(self._weights_KP[:, : self.layout.kept_at])
 
     def gradient(self, loss: Tensor) -> Gradient:
         """The gradient of ``loss`` by all weights."""
-        asked = [leaf for leaf in (self.lowered, self.kept) if leaf.numel()]
-        found = iter(torch.autograd.grad(loss, asked))
-        lowered, kept = (
-            next(found) if leaf.numel() else torch.zeros_like(leaf)
-            for leaf in (self.lowered, self.kept)
-        )
-        return Gradient(lowered=lowered, kept=kept)
+        found = torch.autograd.grad(loss, list(self.named.values()), materialize_grads=True)
+        named = {
+            name: value[None] if self._alone else value
+            for name, value in zip(self.named, found, strict=True)
+        }
+        lowered, kept = self.layout.joined(named)
+        return Gradient(named=named, lowered=lowered, kept=kept)

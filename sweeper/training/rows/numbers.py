@@ -6,7 +6,7 @@ Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Self
 
@@ -27,13 +27,14 @@ class Layout:
     ``shapes`` are in the model's order. In a row the ``lowered`` come first, the Q numbers that a
     step reads in autocast's dtype; both parts begin at addresses that kernels like, and end with
     those parameters whose size would shift others off them. What lies between is zero and is not
-    trained. ``channels_last``: how kernels of convolutions lie in a row.
+    trained. ``stored``: the order in which a parameter's dimensions lie in a row, where it is not
+    their own.
     """
 
     shapes: Mapping[str, torch.Size]
     buffers: tuple[str, ...]
     lowered: frozenset[str] = frozenset()
-    channels_last: bool = False
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -41,7 +42,7 @@ class Layout:
         model: nn.Module,
         *,
         lowered: frozenset[str] = frozenset(),
-        channels_last: bool = False,
+        stored: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Self:
         """Raises UsageError where a parameter is not trained: a row has no place for those."""
         shapes: dict[str, torch.Size] = {}
@@ -51,7 +52,7 @@ class Layout:
             shapes[name] = parameter.shape
         kept = model.state_dict()
         buffers = tuple(name for name in kept if name not in shapes)
-        return cls(shapes=shapes, buffers=buffers, lowered=lowered, channels_last=channels_last)
+        return cls(shapes=shapes, buffers=buffers, lowered=lowered, stored=stored or {})
 
     @cached_property
     def trained(self) -> int:
@@ -79,20 +80,59 @@ class Layout:
         return _aligned(self.kept_at + self.kept_size)
 
     @cached_property
-    def order(self) -> tuple[str, ...]:
-        """The parameters as they follow each other in a row."""
+    def places(self) -> dict[str, slice]:
+        """Where each parameter lies, in the order in which they follow each other."""
 
-        def place(name: str) -> tuple[bool, bool]:
+        def later(name: str) -> tuple[bool, bool]:
             return name not in self.lowered, self.shapes[name].numel() % _ALIGNED != 0
 
-        return tuple(sorted(self.shapes, key=place))
+        found: dict[str, slice] = {}
+        end = 0
+        for name in sorted(self.shapes, key=later):
+            start = end if name in self.lowered else max(end, self.kept_at)
+            end = start + self.shapes[name].numel()
+            found[name] = slice(start, end)
+        return found
 
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
         """The parameters of a ``state_dict`` as a row [P]."""
-        first = [self._flat(state[name]) for name in self.order if name in self.lowered]
-        then = [self._flat(state[name]) for name in self.order if name not in self.lowered]
-        none = next(iter(state.values())).new_empty(0)
-        return self.whole(torch.cat([none, *first]), torch.cat([none, *then]))
+        return self.whole(*self.joined({name: state[name] for name in self.shapes}))
+
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parameters in rows [..., P], as views [..., shape], in the model's order."""
+        return {name: self.shaped(name, rows[..., self.places[name]]) for name in self.shapes}
+
+    def shaped(self, name: str, part: Tensor) -> Tensor:
+        """A parameter [..., shape] as a view of its numbers [..., n]."""
+        shape, order = self.shapes[name], self.stored.get(name)
+        lead = part.shape[:-1]
+        if order is None:
+            return part.view(*lead, *shape)
+        turned = part.view(*lead, *(shape[dimension] for dimension in order))
+        back = (len(lead) + order.index(dimension) for dimension in range(len(shape)))
+        return turned.permute(*range(len(lead)), *back)
+
+    def flat(self, name: str, value: Tensor) -> Tensor:
+        """The numbers [..., n] of a parameter [..., shape], as they lie in a row."""
+        lead = value.dim() - len(self.shapes[name])
+        if order := self.stored.get(name):
+            value = value.permute(*range(lead), *(lead + dimension for dimension in order))
+        return value.reshape(*value.shape[:lead], -1)
+
+    def joined(self, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Parameters [..., shape] as [..., Q] and [..., R]: what is lowered, and the rest."""
+        lowered: list[Tensor] = []
+        kept: list[Tensor] = []
+        for name in self.places:
+            part = self.flat(name, named[name])
+            (lowered if name in self.lowered else kept).append(part)
+        none = next(iter(lowered or kept))[..., :0]
+        return torch.cat(lowered or [none], dim=-1), torch.cat(kept or [none], dim=-1)
+
+    def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Views [..., Q] and [..., R] of [..., P]: what is lowered, and the rest."""
+        kept = rows[..., self.kept_at : self.kept_at + self.kept_size]
+        return rows[..., : self.lowered_size], kept
 
     def whole(self, lowered_Q: Tensor, kept_R: Tensor) -> Tensor:
         """Rows [..., P] of two parts, which share a dtype."""
@@ -100,48 +140,20 @@ class Layout:
         rest = kept_R.new_zeros(*kept_R.shape[:-1], self.size - self.kept_at - self.kept_size)
         return torch.cat([lowered_Q, gap, kept_R, rest], dim=-1)
 
-    def named(self, row_P: Tensor) -> dict[str, Tensor]:
-        """The parameters in a row, as views, in the model's order."""
-        return self.joined(*self.parted(row_P))
 
-    def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [..., Q] and [..., R] of [..., P]: what is lowered, and the rest."""
-        kept = rows[..., self.kept_at : self.kept_at + self.kept_size]
-        return rows[..., : self.lowered_size], kept
+def kernels_like_images(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """``stored`` of a model whose images are channels-last: kernels of convolutions are as well."""
+    return {name: (0, 2, 3, 1) for name, each in model.named_parameters() if each.dim() == 4}
 
-    def joined(self, lowered_Q: Tensor, kept_R: Tensor) -> dict[str, Tensor]:
-        """The parameters in two parts of a row, as views, in the model's order.
 
-        Every part is split once, so that its gradient is made in one piece as well.
-        """
-        parts = self.split(lowered_Q, kept_R)
-        return {
-            name: self._shaped(part, shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
-
-    def _flat(self, value: Tensor) -> Tensor:
-        return (value.permute(0, 2, 3, 1) if self._is_turned(value.shape) else value).flatten()
-
-    def _shaped(self, part: Tensor, shape: torch.Size) -> Tensor:
-        if not self._is_turned(shape):
-            return part.view(shape)
-        return part.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
-
-    def _is_turned(self, shape: torch.Size) -> bool:
-        return self.channels_last and len(shape) == 4
-
-    def split(self, lowered: Tensor, kept: Tensor) -> list[Tensor]:
-        """Views [..., numbers of a parameter] of two parts of rows, in the model's order."""
-        found: dict[str, Tensor] = {}
-        for rows, names in (
-            (lowered, [name for name in self.order if name in self.lowered]),
-            (kept, [name for name in self.order if name not in self.lowered]),
-        ):
-            sizes = [self.shapes[name].numel() for name in names]
-            if names:
-                found.update(zip(names, torch.split(rows, sizes, dim=-1), strict=True))
-        return [found[name] for name in self.shapes]
+def inputs_first(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """``stored`` of a model under vmap: the gradient of a linear layer's weight [out, in] comes out
+    of a batched product as [in, out], and need not be turned round then."""
+    return {
+        f"{name}.weight": (1, 0)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ class RowOptimizer:
         if self._fused is not None:
             self._fused(numbers, gradient, leaves, {**self._columns(), "clip_share": share_K1})
             return
-        gradient_KP = gradient.whole(leaves.layout)
+        gradient_KP = gradient.whole(leaves.layout, numbers.weights.dtype)
         if self.program.clipped:
             gradient_KP.mul_(share_K1)
         self._unfused(numbers, gradient_KP)
@@ -176,9 +176,12 @@ class RowOptimizer:
     def _share(self, gradient: Gradient, layout: Layout) -> Tensor:
         """What ``clip_grad_norm_`` multiplies each row's gradient by: it takes the norm of the
         parameters' norms."""
-        dtype = gradient.kept.dtype
-        parts = layout.split(gradient.lowered, gradient.kept)
-        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=dtype) for part in parts]
+        norms = [
+            torch.linalg.vector_norm(
+                gradient.named[name].flatten(1), dim=1, keepdim=True, dtype=self._eps.dtype
+            )
+            for name in layout.shapes
+        ]
         norm_K1 = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, keepdim=True)
         share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
         return torch.where(self._is_clipped, share_K1, self._unclipped)
