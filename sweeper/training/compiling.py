@@ -41,6 +41,7 @@ from sweeper.errors import MissingExtraError, SweeperError
 from sweeper.private import private_folder
 from sweeper.provenance import cpu_name
 from sweeper.training import remembered
+from sweeper.training.rows import fits
 
 _log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -283,7 +284,8 @@ def _first_line(error: BaseException) -> str:
 def program(config: TrialConfig, shape: DataShape, device: torch.device) -> str:
     """A text that two trials share if they run the same compiled code on the same kind of device.
 
-    Initial weights, optimizer and data change none of it; dropout does, even its rate.
+    Initial weights and data change none of it, and the optimizer only whether weights are in rows;
+    dropout does, even its rate.
     """
     train = config.train
     what = {
@@ -291,12 +293,13 @@ def program(config: TrialConfig, shape: DataShape, device: torch.device) -> str:
         "shape": list(shape),
         "batch_size": train.batch_size,
         "precision": train.precision,
+        "rows": device.type == "cuda" and fits(config),
         "graph": train.graph,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return f"{digest} {name} torch {torch.__version__}"
+    return f"{digest} {name} torch {torch.__version__} {remembered.STEP}"
 
 
 def recalled(file: Path, key: str) -> Gain | None:

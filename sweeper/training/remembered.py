@@ -12,11 +12,14 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sweeper.private import private_folder, private_opener
 
 _log = logging.getLogger(__name__)
+
+STEP: Final = "step 2"
+"""Part of the keys: what was measured of an older training step of sweeper's own is of no use."""
 
 
 def read(file: Path) -> Mapping[str, Any]:

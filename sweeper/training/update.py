@@ -8,8 +8,7 @@ for a small model 70 to 80 µs of a step on an H100, as most of it is idle.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from torch.func import functional_call
 
 from sweeper.config import TrialConfig
 from sweeper.optim import make_optimizer, set_lr
-from sweeper.training.compiling import compiled, lacking
+from sweeper.training.compiling import compiled
 from sweeper.training.precision import Precision
+from sweeper.training.rows import fits
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import (
     Layout,
@@ -27,14 +27,11 @@ from sweeper.training.rows.numbers import (
     load_optimizer_state,
     optimizer_state,
 )
-from sweeper.training.rows.optimizer import RULES, RowOptimizer, kept_state
+from sweeper.training.rows.optimizer import FusedUpdate, RowOptimizer, fused_update, kept_state
 from sweeper.training.state import optimizer_state as torch_optimizer_state
 from sweeper.training.state import restore_optimizer
 
 Forward = Callable[[Tensor], Tensor]
-
-_FAMILIES: Final = frozenset({"mlp", "mixer", "cnn", "vit"})
-"""Models that use a layer's parameters in that layer alone."""
 
 
 class Update(Protocol):
@@ -72,21 +69,19 @@ def make_update(
     memory_format: torch.memory_format,
 ) -> Update:
     """The update of ``model``, whose parameters may become views of other memory."""
-    if in_rows(config, torch.device(precision.device_type)):
+    if in_rows(config, precision):
         return RowUpdate(model, config, precision=precision, memory_format=memory_format)
     return TorchUpdate(model, config, precision=precision)
 
 
-def in_rows(config: TrialConfig, device: torch.device) -> bool:
+def in_rows(config: TrialConfig, precision: Precision) -> bool:
     """Whether a trial of this configuration is updated in rows: on a GPU, where that can be."""
-    return (
-        device.type == "cuda"
-        and not lacking(device)
-        and config.model.name in _FAMILIES
-        and config.optimizer.name in RULES
-        and config.train.precision != "float16"
-        and not config.train.layer_statistics
-    )
+    return fits(config) and _fused(precision) is not None
+
+
+def _fused(precision: Precision) -> FusedUpdate | None:
+    device = torch.device(precision.device_type)
+    return fused_update(device, precision.dtype, precision.autocast or precision.dtype)
 
 
 class TorchUpdate:
@@ -176,15 +171,24 @@ class RowUpdate:
             lowered=lowered_parameters(model, precision, (nn.Linear, nn.Conv2d)),
             stored=kernels_like_images(model) if memory_format is torch.channels_last else {},
         )
-        initial = replace(Numbers.initial(model, layout), buffers={})  # the model keeps its own
-        self._numbers = Numbers.stacked([initial])
+        # Without copies, and the model keeps its own buffers: a large model fits as before.
+        row = Numbers.initial(model, layout)
+        self._numbers = Numbers(
+            weights=row.weights[None],
+            buffers={},
+            first=row.first[None],
+            second=row.second[None],
+            steps=row.steps[None],
+        )
         for name, view in layout.named(self._numbers.weights[0]).items():
             parent, _, of_layer = name.rpartition(".")
             setattr(model.get_submodule(parent), of_layer, nn.Parameter(view))
         dtype = precision.autocast or precision.dtype
         self._leaves = Leaves(self._numbers.weights, layout, dtype, alone=True)
         device = self._numbers.weights.device
-        self._optimizer = RowOptimizer(1, dtype=precision.dtype, device=device)
+        self._optimizer = RowOptimizer(
+            1, dtype=precision.dtype, device=device, fused=_fused(precision)
+        )
         self.forward: Forward = self._run_by(self._logits)
 
     def compiled(self) -> Forward:

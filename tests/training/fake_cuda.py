@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
-from sweeper.training import evaluation, ready
+from sweeper.training import evaluation, ready, update
 from sweeper.training.capture import CaptureError
 from sweeper.training.cohort import engine as cohort_engine
 from sweeper.training.cohort import ready as cohort_ready
-from sweeper.training.rows import optimizer as row_optimizer
+from sweeper.training.rows import fits
 
 CUDA = torch.device("cuda", 0)
 
@@ -102,7 +102,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(torch, "Generator", lambda device=None: cpu())
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.default_generator,))
     # Triton's compiler wants a real device; the operations that its kernel does are seen instead
-    monkeypatch.setattr(row_optimizer, "_fused_update", lambda _: None)
+    monkeypatch.setattr(update, "in_rows", lambda config, _: fits(config))
+    for module in (update, cohort_engine):
+        monkeypatch.setattr(module, "fused_update", lambda *_: None)
     for module in (ready, cohort_ready):
         monkeypatch.setattr(module, "CapturedStep", _no_graph)
     for module in (evaluation, cohort_engine):

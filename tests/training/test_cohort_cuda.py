@@ -62,6 +62,11 @@ def test_members_learn_in_every_precision(model: str, precision: str, bench: Ben
     cohort = bench.cohort(configs[0])
     members = [cohort.join(config) for config in configs]
     epochs = [dict(cohort.epoch()) for _ in range(20)]
+    engine = cohort._open()
+    size = engine.layout.lowered_size
+    assert bool(size) == (precision == "bfloat16")
+    lowered = engine._numbers.weights[:, :size].to(engine._leaves.lowered.dtype)
+    assert torch.equal(engine._leaves.lowered, lowered)
     for member in members:
         first, last = (epochs[i][member].metrics["train_loss"] for i in (0, -1))
         assert last < 0.8 * first

@@ -24,7 +24,7 @@ from sweeper.models import MODELS
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.cohort.rules import FAMILIES
 from sweeper.training.engine import Engine
-from sweeper.training.rows.optimizer import RULES
+from sweeper.training.rows import RULES
 from sweeper.training.update import RowUpdate, TorchUpdate
 
 SHAPE = DataShape(3, 16, 16, 4)

@@ -1,7 +1,8 @@
 """Which way to train several trials at once is the fastest: from what was measured, and remembered.
 
-Remembered by structure, device and torch's version. With ``train.compile: auto`` a study that is
-long enough goes by compiled cohorts as well, which are measured for the first such study.
+Remembered by structure, device, and the versions of torch and of the step. With ``train.compile:
+auto`` a study that is long enough goes by compiled cohorts as well, which are measured for the
+first such study.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _key(config: TrialConfig, device: torch.device) -> str:
-    return f"{structure(config)} {device_name(device)} torch {torch.__version__}"
+    return f"{structure(config)} {device_name(device)} torch {torch.__version__} {remembered.STEP}"
 
 
 def _rates(found: Mapping[str, Any]) -> dict[int, float]:

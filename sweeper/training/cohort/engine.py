@@ -35,7 +35,7 @@ from sweeper.training.network import Pass
 from sweeper.training.precision import precision_of
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import Layout, Numbers, inputs_first
-from sweeper.training.rows.optimizer import RowOptimizer
+from sweeper.training.rows.optimizer import RowOptimizer, fused_update
 from sweeper.training.turns import Steps, driven, settled
 
 _ATTENTION: Final = {
@@ -150,13 +150,20 @@ class CohortEngine:
         numbers = Numbers.stacked([seat.numbers for seat in seats])
         before = numbers.copied()
         leaves = self._leaves_of(numbers)
-        self._optimizer = RowOptimizer(slots, dtype=self.precision.dtype, device=device)
-        self._loss = self._loss_of([seat.config for seat in seats])
-        self._totals = _Totals(slots, device)
-        self._order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
-        self._next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
+        optimizer = RowOptimizer(
+            slots,
+            dtype=self.precision.dtype,
+            device=device,
+            fused=fused_update(device, self.precision.dtype, leaves.lowered.dtype),
+        )
+        loss = self._loss_of([seat.config for seat in seats])
+        totals = _Totals(slots, device)
+        order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
+        next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
         # Until here nothing is lost where memory does not suffice.
-        self._numbers, self._leaves = numbers, leaves
+        self._numbers, self._leaves, self._optimizer = numbers, leaves, optimizer
+        self._loss, self._totals = loss, totals
+        self._order_KN, self._next_B = order_KN, next_B
         self._before, self._remembers = before, False
         self.seats = list(seats)
         for k, seat in enumerate(seats):

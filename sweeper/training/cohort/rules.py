@@ -11,7 +11,7 @@ import torch
 from sweeper.config import TrialConfig
 from sweeper.config.model import Svm
 from sweeper.space import FUSIBLE
-from sweeper.training.rows.optimizer import RULES
+from sweeper.training.rows import RULES
 
 Way = Literal["alone", "cohort", "streams"]
 """How a trial trains: by itself in its worker, in one batch with others of its structure, or beside

@@ -3,7 +3,8 @@
 The rules of `sweeper.training.rows.optimizer`, in its order, but every number is read and written
 once a step: 28 bytes a weight with Adam, where one operation after the other moves some 200. A
 fused Adam of torch's takes one learning rate for all, and one for each row would leave most of a
-GPU idle. The last bit may be rounded otherwise: a product and a sum are one operation here.
+GPU idle. The last bits may be rounded otherwise: a product and a sum are one operation here, and in
+float32 a division and a root are what the chip has for them.
 
 Whoever imports this loads Triton.
 """
@@ -48,14 +49,12 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     clip_share,
     size,
     lowered_size,
-    kept_at,
-    kept_size,
     block: tl.constexpr,
 ):
     """Blocks of the weights of one model a program: axis 0 is the block, axis 1 the model.
 
     The first ``lowered_size`` numbers of each have a gradient of their own, and a copy in its
-    dtype, whose rows are ``kept_at`` apart; the others are ``kept_size`` from there on.
+    dtype.
     """
     k = tl.program_id(1)
     row = k.to(tl.int64)
@@ -63,12 +62,11 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     inside = column < size
     is_lowered = column < lowered_size
     at = row * size + column
+    at_lowered = row * lowered_size + column
+    at_kept = row * (size - lowered_size) + column - lowered_size
     w = tl.load(weights + at, mask=inside)
-    from_lowered = lowered_gradient + row * lowered_size + column
-    is_kept = (column >= kept_at) & (column < kept_at + kept_size)
-    from_kept = kept_gradient + row * kept_size + column - kept_at
-    g = tl.load(from_lowered, mask=is_lowered, other=0.0).to(w.dtype)
-    g = g + tl.load(from_kept, mask=is_kept, other=0.0)
+    g = tl.load(lowered_gradient + at_lowered, mask=is_lowered, other=0.0).to(w.dtype)
+    g = g + tl.load(kept_gradient + at_kept, mask=inside & (column >= lowered_size), other=0.0)
     g = g * tl.load(clip_share + k)
     decay = tl.load(coupled + k)
     if decay != 0:
@@ -101,8 +99,7 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
                 direction = g + direction * kept
         w = w + direction * tl.load(minus_lr + k)
     tl.store(weights + at, w, mask=inside)
-    copy = lowered + row * kept_at + column
-    tl.store(copy, w.to(lowered.dtype.element_ty), mask=column < kept_at)  # to where rows end
+    tl.store(lowered + at_lowered, w.to(lowered.dtype.element_ty), mask=is_lowered)
 
 
 def update(
@@ -126,8 +123,6 @@ def update(
         steps=numbers.steps,
         size=size,
         lowered_size=leaves.layout.lowered_size,
-        kept_at=leaves.layout.kept_at,
-        kept_size=leaves.layout.kept_size,
         block=_BLOCK,
         enable_fp_fusion=True,  # Triton 3.10 will not do it unasked
         **settings,

@@ -1,24 +1,23 @@
 """What a forward pass reads of K rows of weights, and what an update gets for it.
 
 Autocast casts every weight to bfloat16 at every step, and its gradient back: on a GPU two kernels
-for each of them, which for a small model is a third of all. Here the parameters of linear layers
-are cast where the update has them at hand anyway, all in one, and their gradients stay as they
-come. The numbers are the same: what autocast would cast is cast, by the same rounding, and the
-update is done in float32 on weights in float32.
+for each of them, which for a small model is a third of all. Here they are cast where the update has
+them at hand anyway, all in one, and their gradients stay as they come. The numbers are the same:
+what autocast would cast is cast, by the same rounding, and the update is done in float32 on weights
+in float32.
 
-Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that are not.
+Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` for what is lowered, ``R`` for what is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sweeper.training.precision import Precision
-from sweeper.training.rows.numbers import Layout
+from sweeper.training.rows.numbers import ALIGNED, Layout
 
 
 def lowered_parameters(
@@ -27,8 +26,9 @@ def lowered_parameters(
     """The parameters that autocast casts to bfloat16: weights and biases of layers of ``kinds``.
 
     None without autocast, and none with float16, whose gradients have to be scaled back first.
-    Under vmap autocast would leave the biases, and all that follows a linear layer would be twice
-    as large as alone.
+    Under vmap autocast would leave the biases of linear layers, and all that follows them would be
+    twice as large as alone; and there it takes no convolution on a CPU, so those are not of the
+    ``kinds`` that are taken unasked.
     """
     if precision.autocast is not torch.bfloat16:
         return frozenset()
@@ -42,15 +42,14 @@ def lowered_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Of the parameters by name [K, shape], and as rows: ``lowered`` [K, Q] and ``kept`` [K, R]."""
+    """Of what is ``lowered`` [K, Q], in its dtype, and of what is ``kept`` [K, R]."""
 
-    named: Mapping[str, Tensor]
     lowered: Tensor
     kept: Tensor
 
-    def whole(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """[K, P] in ``dtype``."""
-        return layout.whole(self.lowered.to(dtype), self.kept.to(dtype))
+    def whole(self) -> Tensor:
+        """[K, P], in the dtype of what is kept."""
+        return torch.cat([self.lowered.to(self.kept.dtype), self.kept], dim=1)
 
 
 class Leaves:
@@ -66,12 +65,14 @@ class Leaves:
     ) -> None:
         self._alone = alone
         self._weights_KP, self.layout = weights_KP.detach(), layout
-        size = len(weights_KP), layout.kept_at  # a row begins where a matrix product likes to read
-        self.lowered = torch.zeros(size, dtype=dtype, device=weights_KP.device)
+        rows = len(weights_KP)
+        self.lowered = weights_KP.new_zeros(rows, layout.lowered_size, dtype=dtype)
+        self._zeros = weights_KP.new_zeros(rows * ALIGNED)
+        self._lowered_zeros = self._zeros.to(dtype)
         self.named: dict[str, Tensor] = {}
         for name, place in layout.places.items():
-            rows = self.lowered if name in layout.lowered else self._weights_KP
-            leaf = layout.shaped(name, (rows[0] if alone else rows)[..., place])
+            numbers = self.lowered if name in layout.lowered else self._weights_KP
+            leaf = layout.shaped(name, (numbers[0] if alone else numbers)[..., place])
             self.named[name] = leaf.requires_grad_(True)
         self.refresh()
 
@@ -79,7 +80,7 @@ class Leaves:
     def refresh(self) -> None:
         """Copy the weights once more, in place."""
         if self.layout.lowered_size:
-            self.lowered.copy_(self._weights_KP[:, : self.layout.kept_at])
+            self.lowered.copy_(self._weights_KP[:, : self.layout.lowered_size])
 
     def gradient(self, loss: Tensor) -> Gradient:
         """The gradient of ``loss`` by all weights."""
@@ -88,5 +89,5 @@ class Leaves:
             name: value[None] if self._alone else value
             for name, value in zip(self.named, found, strict=True)
         }
-        lowered, kept = self.layout.joined(named)
-        return Gradient(named=named, lowered=lowered, kept=kept)
+        lowered, kept = self.layout.joined(named, self._lowered_zeros, self._zeros)
+        return Gradient(lowered=lowered, kept=kept)

@@ -1,6 +1,6 @@
 """One model's numbers as a row, and those of several as matrices.
 
-Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` that are lowered, ``R`` that are not.
+Shapes: ``K`` models, ``P`` numbers in a row, ``Q`` for what is lowered, ``R`` for what is not.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from torch import Tensor, nn
 from sweeper.errors import UsageError
 
 _CPU: Final = torch.device("cpu")
-_ALIGNED: Final = 16
-"""Matrix products and compiled kernels like addresses that are a multiple of so many numbers."""
+ALIGNED: Final = 16
+"""Every parameter begins at a multiple of so many numbers, 32 bytes at least: some kernels are
+faster there, and some of cuBLAS's take it for granted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where each parameter of a model lies in its flat row, and which buffers it has.
 
-    ``shapes`` are in the model's order. In a row the ``lowered`` come first, the Q numbers that a
-    step reads in autocast's dtype; both parts begin at addresses that kernels like, and end with
-    those parameters whose size would shift others off them. What lies between is zero and is not
-    trained. ``stored``: the order in which a parameter's dimensions lie in a row, where it is not
-    their own.
+    ``shapes`` are in the model's order. In a row the ``lowered`` come first, which a step reads in
+    autocast's dtype. What lies between two parameters is zero and is not trained. ``stored``: the
+    order in which a parameter's dimensions lie in a row, where it is not their own.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -60,43 +59,30 @@ class Layout:
         return sum(shape.numel() for shape in self.shapes.values())
 
     @cached_property
-    def lowered_size(self) -> int:
-        """Q."""
-        return sum(self.shapes[name].numel() for name in self.lowered)
-
-    @cached_property
-    def kept_at(self) -> int:
-        """Where in a row the others begin."""
-        return _aligned(self.lowered_size)
-
-    @cached_property
-    def kept_size(self) -> int:
-        """R."""
-        return self.trained - self.lowered_size
-
-    @cached_property
-    def size(self) -> int:
-        """P."""
-        return _aligned(self.kept_at + self.kept_size)
-
-    @cached_property
     def places(self) -> dict[str, slice]:
         """Where each parameter lies, in the order in which they follow each other."""
-
-        def later(name: str) -> tuple[bool, bool]:
-            return name not in self.lowered, self.shapes[name].numel() % _ALIGNED != 0
-
         found: dict[str, slice] = {}
         end = 0
-        for name in sorted(self.shapes, key=later):
-            start = end if name in self.lowered else max(end, self.kept_at)
+        for name in sorted(self.shapes, key=lambda name: name not in self.lowered):
+            start = _aligned(end)
             end = start + self.shapes[name].numel()
             found[name] = slice(start, end)
         return found
 
+    @cached_property
+    def lowered_size(self) -> int:
+        """Q, where in a row the others begin."""
+        return _aligned(max((self.places[name].stop for name in self.lowered), default=0))
+
+    @cached_property
+    def size(self) -> int:
+        """P."""
+        return _aligned(max(place.stop for place in self.places.values()))
+
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
         """The parameters of a ``state_dict`` as a row [P]."""
-        return self.whole(*self.joined({name: state[name] for name in self.shapes}))
+        zeros = next(iter(state.values())).new_zeros(ALIGNED)
+        return torch.cat(self.joined(state, zeros, zeros))
 
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """The parameters in rows [..., P], as views [..., shape], in the model's order."""
@@ -119,26 +105,26 @@ class Layout:
             value = value.permute(*range(lead), *(lead + dimension for dimension in order))
         return value.reshape(*value.shape[:lead], -1)
 
-    def joined(self, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Parameters [..., shape] as [..., Q] and [..., R]: what is lowered, and the rest."""
+    def joined(
+        self, named: Mapping[str, Tensor], lowered_zeros: Tensor, kept_zeros: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Parameters [..., shape] as [..., Q] and [..., R]: what is lowered, and the rest.
+
+        What comes between them is taken from ``zeros`` [16 a row], of the dtype of each part.
+        """
         lowered: list[Tensor] = []
         kept: list[Tensor] = []
-        for name in self.places:
+        for name, place in self.places.items():
+            parts, zeros = (lowered, lowered_zeros) if name in self.lowered else (kept, kept_zeros)
             part = self.flat(name, named[name])
-            (lowered if name in self.lowered else kept).append(part)
-        none = next(iter(lowered or kept))[..., :0]
-        return torch.cat(lowered or [none], dim=-1), torch.cat(kept or [none], dim=-1)
-
-    def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [..., Q] and [..., R] of [..., P]: what is lowered, and the rest."""
-        kept = rows[..., self.kept_at : self.kept_at + self.kept_size]
-        return rows[..., : self.lowered_size], kept
-
-    def whole(self, lowered_Q: Tensor, kept_R: Tensor) -> Tensor:
-        """Rows [..., P] of two parts, which share a dtype."""
-        gap = lowered_Q.new_zeros(*lowered_Q.shape[:-1], self.kept_at - self.lowered_size)
-        rest = kept_R.new_zeros(*kept_R.shape[:-1], self.size - self.kept_at - self.kept_size)
-        return torch.cat([lowered_Q, gap, kept_R, rest], dim=-1)
+            parts.append(part)
+            rows = part.shape[:-1]
+            if gap := _aligned(place.stop) - place.stop:
+                parts.append(zeros[: rows.numel() * gap].view(*rows, gap))
+        return (
+            torch.cat(lowered, dim=-1) if lowered else lowered_zeros[:0].view(*rows, 0),
+            torch.cat(kept, dim=-1) if kept else kept_zeros[:0].view(*rows, 0),
+        )
 
 
 def kernels_like_images(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -246,7 +232,7 @@ class Numbers:
 
 
 def _aligned(count: int) -> int:
-    return -(-count // _ALIGNED) * _ALIGNED
+    return -(-count // ALIGNED) * ALIGNED
 
 
 def model_state(numbers: Numbers, layout: Layout, order: Sequence[str]) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ Shapes: ``K`` slots, ``P`` numbers of one model; ``K1`` is [K, 1], one number a 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 
 from sweeper.config.optimizer import OptimizerConfig
 from sweeper.training.compiling import lacking
+from sweeper.training.device import synchronize
 from sweeper.training.rows.leaves import Gradient, Leaves
-from sweeper.training.rows.numbers import Layout, Numbers
+from sweeper.training.rows.numbers import ALIGNED, Layout, Numbers
 
-RULES: Final = frozenset({"sgd", "momentum", "nesterov", "adam", "adamw"})
-"""Optimizers by the names of the configuration."""
+_log = logging.getLogger(__name__)
+FusedUpdate = Callable[[Numbers, Gradient, Leaves, dict[str, Tensor]], None]
+"""See `sweeper.training.rows.fused.update`."""
 
 _ADAM_EPS: Final = 1e-8
 """torch.optim's own, for Adam and AdamW."""
@@ -60,7 +64,14 @@ class Program:
 class RowOptimizer:
     """One update of all rows; hyper-parameters lie in tensors that keep their addresses."""
 
-    def __init__(self, slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        fused: FusedUpdate | None = None,
+    ) -> None:
         def column(value: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
             return torch.full((slots, 1), value, dtype=dtype, device=device)
 
@@ -81,7 +92,7 @@ class RowOptimizer:
         self._is_adam = column(0.0, torch.bool)
         self._is_nesterov = column(0.0, torch.bool)
         self._is_clipped = column(0.0, torch.bool)
-        self._fused = _fused_update(device)
+        self._fused = fused
         self.program = self._planned()
 
     def configure(self, configs: Sequence[OptimizerConfig], lrs: Sequence[float]) -> None:
@@ -132,11 +143,11 @@ class RowOptimizer:
     def update(self, numbers: Numbers, gradient: Gradient, leaves: Leaves) -> None:
         """One step of every row, in place, ``leaves`` included."""
         numbers.steps.add_(1)
-        share_K1 = self._share(gradient, leaves.layout) if self.program.clipped else self._unclipped
+        share_K1 = self._share(gradient) if self.program.clipped else self._unclipped
         if self._fused is not None:
             self._fused(numbers, gradient, leaves, {**self._columns(), "clip_share": share_K1})
             return
-        gradient_KP = gradient.whole(leaves.layout, numbers.weights.dtype)
+        gradient_KP = gradient.whole()
         if self.program.clipped:
             gradient_KP.mul_(share_K1)
         self._unfused(numbers, gradient_KP)
@@ -173,14 +184,12 @@ class RowOptimizer:
             "is_nesterov": self._is_nesterov,
         }
 
-    def _share(self, gradient: Gradient, layout: Layout) -> Tensor:
-        """What ``clip_grad_norm_`` multiplies each row's gradient by: it takes the norm of the
-        parameters' norms."""
+    def _share(self, gradient: Gradient) -> Tensor:
+        """What ``clip_grad_norm_`` multiplies each row's gradient by."""
+        parts = [part for part in (gradient.lowered, gradient.kept) if part.numel()]
         norms = [
-            torch.linalg.vector_norm(
-                gradient.named[name].flatten(1), dim=1, keepdim=True, dtype=self._eps.dtype
-            )
-            for name in layout.shapes
+            torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=self._eps.dtype)
+            for part in parts
         ]
         norm_K1 = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, keepdim=True)
         share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
@@ -219,15 +228,45 @@ class RowOptimizer:
         numbers.second.copy_(torch.where(self._is_adam, numbers.second, second_KP))
 
 
-def _fused_update(
-    device: torch.device,
-) -> Callable[[Numbers, Gradient, Leaves, dict[str, Tensor]], None] | None:
-    """The update as one kernel: on CUDA, where there is Triton and the compiler that it needs."""
+@cache
+def fused_update(
+    device: torch.device, dtype: torch.dtype, lowered: torch.dtype
+) -> FusedUpdate | None:
+    """The update as one kernel: on CUDA, where Triton can build it for these dtypes. Else None.
+
+    The first call builds it, and says in the log what keeps it from working.
+    """
     if device.type != "cuda" or lacking(device):
         return None
-    from sweeper.training.rows import fused
+    try:
+        from sweeper.training.rows import fused
 
+        _try(fused.update, device, dtype, lowered)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Triton raises all kinds of them
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        _log.warning("weights are updated by operations of torch: no kernel for that: %s", reason)
+        return None
     return fused.update
+
+
+def _try(
+    update: FusedUpdate, device: torch.device, dtype: torch.dtype, lowered: torch.dtype
+) -> None:
+    """Update a small row: what is built for it does for any."""
+    shapes = dict.fromkeys(("first", "second"), torch.Size([ALIGNED]))
+    names = frozenset({"first"} if lowered is not dtype else ())
+    layout = Layout(shapes=shapes, buffers=(), lowered=names)
+    blank = torch.zeros(1, layout.size, dtype=dtype, device=device)
+    steps = torch.zeros(1, dtype=torch.float64, device=device)
+    numbers = Numbers(weights=blank, buffers={}, first=blank, second=blank, steps=steps)
+    leaves = Leaves(blank, layout, lowered)
+    gradient = Gradient(
+        lowered=leaves.lowered.clone(), kept=blank[:, layout.lowered_size :].contiguous()
+    )
+    RowOptimizer(1, dtype=dtype, device=device, fused=update).update(numbers, gradient, leaves)
+    synchronize(device)
 
 
 def _fill(column_K1: Tensor, values: Sequence[float]) -> None:
