@@ -37,7 +37,7 @@ from typing import Final, ParamSpec, Protocol, TypeVar
 import torch
 
 from sweeper.config import DataShape, TrialConfig
-from sweeper.errors import MissingExtraError, SweeperError
+from sweeper.errors import MissingExtraError, SweeperError, UsageError
 from sweeper.private import private_folder
 from sweeper.provenance import cpu_name
 from sweeper.training import remembered
@@ -264,6 +264,11 @@ def required(device: torch.device) -> None:
         raise MissingExtraError(
             f"train.compile: on cannot be done: {reason}; install it, or use auto or off"
         )
+
+
+def refused(error: CompileError) -> UsageError:
+    """What a trial with ``train.compile: on`` fails by."""
+    return UsageError(f"train.compile: on cannot be done: {error}; use auto or off")
 
 
 def _what_the_compiler_met(error: BaseException) -> BaseException:

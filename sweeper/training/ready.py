@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sweeper.config import DataShape, TrialConfig
-from sweeper.errors import UsageError
 from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.compiling import (
     CompileError,
@@ -25,6 +24,7 @@ from sweeper.training.compiling import (
     lacking,
     program,
     ready,
+    refused,
     required,
 )
 from sweeper.training.device import noise, repeatable, synchronize
@@ -121,9 +121,7 @@ class ReadyStep:
             try:
                 return f"compiled in {self.compile():.1f} s"
             except CompileError as error:
-                raise UsageError(
-                    f"train.compile: on cannot be done: {error}; use auto or off"
-                ) from error
+                raise refused(error) from error
         if how is None:
             return "not used: there is no home folder that knows whether it repays"
         if reason := lacking(self._device):

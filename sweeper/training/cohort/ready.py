@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sweeper.config import DataShape, TrialConfig
-from sweeper.errors import UsageError
 from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.compiling import (
     CompileError,
@@ -29,6 +28,7 @@ from sweeper.training.compiling import (
     lacking,
     program,
     ready,
+    refused,
     required,
 )
 from sweeper.training.device import synchronize
@@ -125,9 +125,7 @@ class ReadyCohort:
             try:
                 self.compiled = f"compiled in {self._compile():.1f} s"
             except CompileError as error:
-                raise UsageError(
-                    f"train.compile: on cannot be done: {error}; use auto or off"
-                ) from error
+                raise refused(error) from error
         self._capture()
         if other and self._config.train.compile == "auto":
             self.compiled = self._decided()
