@@ -99,12 +99,19 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
 def fitting_name(name: str) -> str:
     """A metric's, parameter's or tag's name that MLflow accepts."""
     clean = re.sub(r"[^/\w.\- :]", "_", name)
-    if clean and (posixpath.normpath(clean) != clean or clean.startswith(("/", ".."))):
-        clean = clean.replace("/", "_") if "/" in clean else f"_{clean}"
+    if _is_path_elsewhere(clean):
+        clean = clean.replace("/", "_")
+    if _is_path_elsewhere(clean):
+        clean = f"_{clean}"
     if len(clean) <= _MAX_NAME:
         return clean
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{clean[: _MAX_NAME - 9]}_{digest}"
+
+
+def _is_path_elsewhere(name: str) -> bool:
+    """Whether a name, taken for a path, is another one's or leads out; MLflow refuses those."""
+    return posixpath.normpath(name) != name or name == "." or name.startswith(("/", ".."))
 
 
 def fitting_param(value: str) -> str:

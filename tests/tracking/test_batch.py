@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sweeper.tracking.batch import (
@@ -57,6 +57,11 @@ def test_halves_hold_everything_and_get_smaller(metrics: int, params: int, tags:
 
 @settings(deadline=None)  # the first call loads MLflow
 @given(st.text(min_size=1, max_size=400))
+@example(".")
+@example("..")
+@example("../a")
+@example("a//b/")
+@example("/")
 def test_every_name_becomes_one_that_mlflow_takes(name: str) -> None:
     from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
