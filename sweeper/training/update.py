@@ -171,7 +171,7 @@ class RowUpdate:
             lowered=lowered_parameters(model, precision, (nn.Linear, nn.Conv2d)),
             stored=kernels_like_images(model) if memory_format is torch.channels_last else {},
         )
-        # Without copies, and the model keeps its own buffers: a large model fits as before.
+        # Views, no copies. The model keeps its own buffers.
         row = Numbers.initial(model, layout)
         self._numbers = Numbers(
             weights=row.weights[None],

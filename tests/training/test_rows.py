@@ -156,14 +156,17 @@ def test_every_parameter_begins_where_kernels_like_to_read(stored: bool) -> None
         lowered=frozenset({"0.weight", "0.bias", "3.weight"}),
         stored={**kernels_like_images(model), **inputs_first(model)} if stored else None,
     )
-    assert list(layout.places)[:3] == ["0.weight", "0.bias", "3.weight"]
+    assert list(layout.places)[:3] == ["3.weight", "0.weight", "0.bias"]
     assert layout.lowered_size == 32 + 16 + 80
-    numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in range(3)])
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append({name: torch.randn_like(value) for name, value in model.state_dict().items()})
+    numbers = Numbers.stacked([Numbers.of_state(state, layout) for state in states])
     leaves = Leaves(numbers.weights, layout, torch.bfloat16)
     for leaf in leaves.named.values():
         assert all(leaf[k].data_ptr() % 32 == 0 for k in range(3))
-    state = model.state_dict()
-    for k in range(3):
+    for k, state in enumerate(states):
         named = layout.named(numbers.weights[k])
         assert list(named) == list(state)
         assert all(torch.equal(value, state[name]) for name, value in named.items())
@@ -171,7 +174,7 @@ def test_every_parameter_begins_where_kernels_like_to_read(stored: bool) -> None
     loss = torch.stack([leaf.float().square().sum() for leaf in leaves.named.values()]).sum()
     whole = leaves.gradient(loss).whole()
     torch.testing.assert_close(whole, 2 * numbers.weights, rtol=1e-2, atol=0)
-    assert layout.trained == sum(value.numel() for value in state.values())
+    assert layout.trained == sum(value.numel() for value in states[0].values())
     assert (whole != 0).sum() <= 3 * layout.trained < whole.numel()
 
 
@@ -306,14 +309,92 @@ def test_parameters_stay_views_of_the_row_and_kernels_lie_channels_last(bench: B
 
 
 @pytest.mark.usefixtures("in_rows")
-def test_a_trial_in_rows_can_be_compiled(bench: Bench) -> None:
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_a_trial_in_rows_can_be_compiled(precision: str, bench: Bench) -> None:
+    """In bfloat16 for one epoch of few steps: later ones drift apart by rounding."""
     pytest.importorskip("torch._inductor")
-    config = bench.config(0, varied(0, "adamw"), MODELS["mixer"], compile="on")
+    options = {"float64": {}, "bfloat16": {"epochs": 1, "batch_size": 100}}[precision]
+    section = varied(0, "adamw") if precision == "float64" else {"name": "sgd", "lr": 1e-3}
+    config = bench.config(0, section, MODELS["mixer"], compile="on", precision=precision, **options)
     compiled = bench.alone(config)
     assert compiled.notes["compile"].startswith("compiled in")
     plain = config.train.model_copy(update={"compile": "off"})
     eager = bench.alone(config.model_copy(update={"train": plain}))
-    assert_equal(compiled, trained(compiled), eager, trained(eager))
+    found, expected = trained(compiled), trained(eager)
+    if precision == "float64":
+        assert_equal(compiled, found, eager, expected)
+    for metric in ("train_loss", "val_loss"):
+        assert found[0].metrics[metric] == pytest.approx(expected[0].metrics[metric], rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_come_as_they_lie_in_a_row(
+    model: str, precision: str, bench: Bench, in_rows: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and in a cohort: not one is turned round before they are joined."""
+    config = bench.config(0, varied(0, "adam"), MODELS[model], precision=precision, epochs=1)
+    seen: list[str] = []
+    original = Layout.joined
+
+    def joined(layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor) -> Any:
+        for name, value in named.items():
+            seen.append(name)
+            assert layout.flat(name, value).data_ptr() == value.data_ptr(), name
+        return original(layout, named, *zeros)
+
+    cohort, alone = bench.cohort(config), bench.alone(config)
+    cohort.join(config)
+    cohort.join(config)
+    cohort._settle(cohort._open())
+    monkeypatch.setattr(Layout, "joined", joined)
+    trained(alone)
+    of_one = len(seen)
+    assert of_one
+    cohort.epoch()
+    assert len(seen) == 2 * of_one
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernel_is_tried_with_arguments_as_those_of_a_step(
+    model: str,
+    precision: str,
+    bench: Bench,
+    in_rows: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What Triton builds a kernel for: dtypes, and which addresses and numbers 16 divides."""
+    pytest.importorskip("triton", reason="this torch came without Triton")
+    fused: Any = importlib.import_module("sweeper.training.rows.fused")
+    kinds: list[dict[str, Any]] = []
+
+    class Spy:
+        def __getitem__(self, _: Any) -> Any:
+            return lambda **arguments: kinds.append(
+                {name: kind(value) for name, value in arguments.items()}
+            )
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0, value.is_contiguous()
+        return type(value), value % 16 == 0, value == 1
+
+    monkeypatch.setattr(fused, "_update", Spy())
+    monkeypatch.setattr(update, "fused_update", lambda *_: fused.update)
+    monkeypatch.setattr(cohort_engine, "fused_update", lambda *_: fused.update)
+    config = bench.config(1, varied(1, "adam"), MODELS[model], precision=precision, epochs=1)
+    of = precision_of(config.train, CPU)
+    optimizer._try(fused.update, CPU, of.dtype, of.autocast or of.dtype)
+    (tried,) = kinds
+    trained(bench.alone(config))
+    for members in (1, 3):
+        cohort = bench.cohort(config)
+        for _ in range(members):
+            cohort.join(config)
+        cohort.epoch()
+    assert len(kinds) > 3
+    assert all(each == tried for each in kinds)
 
 
 def test_rows_are_for_a_gpu_and_for_what_they_have_rules_for(make_config: MakeConfig) -> None:
@@ -326,6 +407,30 @@ def test_rows_are_for_a_gpu_and_for_what_they_have_rules_for(make_config: MakeCo
         make_config(layer_statistics=True),
     ):
         assert not fits(other)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("CUDA: out of memory"), torch.OutOfMemoryError("no")]
+)
+def test_memory_that_does_not_suffice_is_not_held_against_the_kernel(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="this torch came without Triton")
+
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(optimizer, "lacking", lambda _: None)
+    optimizer.fused_update.cache_clear()
+    asked = torch.device("cuda"), torch.float32, torch.bfloat16
+    try:
+        monkeypatch.setattr(optimizer, "_try", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.fused_update(*asked)
+        monkeypatch.setattr(optimizer, "_try", lambda *_: None)
+        assert optimizer.fused_update(*asked) is not None
+    finally:
+        optimizer.fused_update.cache_clear()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no libcuda\nand more"), OSError("read-only")])
@@ -353,7 +458,7 @@ def test_a_kernel_that_cannot_be_built_is_done_without(
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_kernel_is_tried_on_numbers_that_do_for_any(
+def test_trying_the_kernel_works_where_the_kernel_does(
     dtype: torch.dtype, triton_on_the_cpu: ModuleType
 ) -> None:
     lowered = {torch.float32: torch.bfloat16}.get(dtype, dtype)

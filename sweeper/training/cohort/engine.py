@@ -1,11 +1,11 @@
 """K models of one structure trained as one: vmap of the forward pass over a [K, P] matrix.
 
 Only the forward pass is under vmap. The loss of a member is a number of its own, and the sum of
-them is differentiated once, by the ordinary backward pass, with respect to the whole matrix: no
+them is differentiated once, by the ordinary backward pass, with respect to all members' weights: no
 member's gradient holds anything of another's, NaN included (design decision 7).
 
-Shapes: ``K`` slots, ``P`` trained numbers of one model, ``Q`` of them lowered
-(`sweeper.training.rows.leaves`), ``N`` training images, ``B`` of a batch, ``C`` classes.
+Shapes: ``K`` slots, ``P`` numbers in a row (`sweeper.training.rows`), ``N`` training images, ``B`` of
+a batch, ``C`` classes.
 """
 
 from __future__ import annotations

@@ -60,10 +60,17 @@ class Layout:
 
     @cached_property
     def places(self) -> dict[str, slice]:
-        """Where each parameter lies, in the order in which they follow each other."""
+        """Where each parameter lies, in the order in which they follow each other.
+
+        Those that leave a gap after them are the last ones of what is lowered, and of the rest.
+        """
+
+        def later(name: str) -> tuple[bool, bool]:
+            return name not in self.lowered, self.shapes[name].numel() % ALIGNED != 0
+
         found: dict[str, slice] = {}
         end = 0
-        for name in sorted(self.shapes, key=lambda name: name not in self.lowered):
+        for name in sorted(self.shapes, key=later):
             start = _aligned(end)
             end = start + self.shapes[name].numel()
             found[name] = slice(start, end)
@@ -112,19 +119,25 @@ class Layout:
 
         What comes between them is taken from ``zeros`` [16 a row], of the dtype of each part.
         """
-        lowered: list[Tensor] = []
-        kept: list[Tensor] = []
-        for name, place in self.places.items():
-            parts, zeros = (lowered, lowered_zeros) if name in self.lowered else (kept, kept_zeros)
-            part = self.flat(name, named[name])
-            parts.append(part)
-            rows = part.shape[:-1]
-            if gap := _aligned(place.stop) - place.stop:
-                parts.append(zeros[: rows.numel() * gap].view(*rows, gap))
-        return (
-            torch.cat(lowered, dim=-1) if lowered else lowered_zeros[:0].view(*rows, 0),
-            torch.cat(kept, dim=-1) if kept else kept_zeros[:0].view(*rows, 0),
-        )
+        parts = {name: self.flat(name, named[name]) for name in self.places}
+        lowered = {name: part for name, part in parts.items() if name in self.lowered}
+        kept = {name: part for name, part in parts.items() if name not in self.lowered}
+        rows = next(iter(parts.values())).shape[:-1]
+        return self._laid(lowered, lowered_zeros, rows), self._laid(kept, kept_zeros, rows)
+
+    def _laid(self, parts: Mapping[str, Tensor], zeros: Tensor, rows: torch.Size) -> Tensor:
+        """One after the other. Those with a gap after them are joined by themselves before: in one
+        with the others they would all be copied number by number."""
+        even: list[Tensor] = []
+        odd: list[Tensor] = []
+        for name, part in parts.items():
+            stop = self.places[name].stop
+            if gap := _aligned(stop) - stop:
+                odd += [part, zeros[: rows.numel() * gap].view(*rows, gap)]
+            else:
+                even.append(part)
+        joined = [*even, torch.cat(odd, dim=-1)] if odd else even
+        return torch.cat(joined, dim=-1) if joined else zeros[:0].view(*rows, 0)
 
 
 def kernels_like_images(model: nn.Module) -> dict[str, tuple[int, ...]]:

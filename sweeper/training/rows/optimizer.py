@@ -244,7 +244,9 @@ def fused_update(
         _try(fused.update, device, dtype, lowered)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - Triton raises all kinds of them
+    except Exception as error:
+        if "out of memory" in str(error):  # there may be some another time
+            raise torch.OutOfMemoryError(str(error)) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         _log.warning("weights are updated by operations of torch: no kernel for that: %s", reason)
         return None
