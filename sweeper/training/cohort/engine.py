@@ -4,8 +4,8 @@ Only the forward pass is under vmap. The loss of a member is a number of its own
 them is differentiated once, by the ordinary backward pass, with respect to all members' weights: no
 member's gradient holds anything of another's, NaN included (design decision 7).
 
-Shapes: ``K`` slots, ``P`` numbers in a row (`sweeper.training.rows`), ``N`` training images, ``B`` of
-a batch, ``C`` classes.
+Shapes: ``K`` slots, ``P`` numbers in a row (`sweeper.training.rows`), ``N`` training images, ``B``
+of a batch, ``C`` classes.
 """
 
 from __future__ import annotations
