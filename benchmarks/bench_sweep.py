@@ -44,6 +44,7 @@ from sweeper.tracking import LocalServer
 
 METRIC = "val_accuracy"
 PLAIN = Path(__file__).with_name("plain_sweep.py")
+_ATTEMPTS = 3
 
 
 def by_sweeper(options: argparse.Namespace, home: Path) -> tuple[float, float]:
@@ -60,7 +61,23 @@ def by_sweeper(options: argparse.Namespace, home: Path) -> tuple[float, float]:
     return seconds, json.loads(done.stdout)["best"]["values"][0]
 
 
+class GivenTwiceError(Exception):
+    """Optuna gave one waiting trial to two processes, and one of them could not end it."""
+
+
 def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tuple[float, float]:
+    """:func:`by_hand_once`, again where Optuna gives a trial to two processes."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return by_hand_once(options, home.with_name(f"{home.name}-{attempt}"), threads)
+        except GivenTwiceError as error:
+            print(f"the plain way once more: {error.__doc__} ({error})", flush=True)
+    raise SystemExit(f"the plain way did not end in {_ATTEMPTS} attempts")
+
+
+def by_hand_once(
+    options: argparse.Namespace, home: Path, threads: int | None
+) -> tuple[float, float]:
     """Seconds until the last of the plain processes has ended, and the best accuracy.
 
     With ``--plain-seconds`` both are those of a sweep that was broken off: the seconds are
@@ -102,6 +119,9 @@ def by_hand(options: argparse.Namespace, home: Path, threads: int | None) -> tup
         codes = [process.wait() for process in started]
         seconds = time.perf_counter() - began
     for code, log in zip(codes, logs, strict=False):
+        last = log.read_text().strip().splitlines()[-1:] if code else []
+        if any("Cannot tell a" in line for line in last):
+            raise GivenTwiceError(*last)
         if code:
             raise SystemExit(f"the plain way ended with {code}:\n{log.read_text()[-2000:]}")
     return seconds, study.best_value
