@@ -33,6 +33,11 @@ class Precision:
     dtype: torch.dtype
     autocast: torch.dtype | None
 
+    @property
+    def of_products(self) -> torch.dtype:
+        """The dtype in which matrix products read their factors."""
+        return self.autocast or self.dtype
+
     def forward(self) -> AbstractContextManager[object]:
         """The context of a forward pass.
 

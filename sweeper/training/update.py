@@ -81,7 +81,7 @@ def in_rows(config: TrialConfig, precision: Precision) -> bool:
 
 def _fused(precision: Precision) -> FusedUpdate | None:
     device = torch.device(precision.device_type)
-    return fused_update(device, precision.dtype, precision.autocast or precision.dtype)
+    return fused_update(device, precision.dtype, precision.of_products)
 
 
 class TorchUpdate:
@@ -183,8 +183,7 @@ class RowUpdate:
         for name, view in layout.named(self._numbers.weights[0]).items():
             parent, _, of_layer = name.rpartition(".")
             setattr(model.get_submodule(parent), of_layer, nn.Parameter(view))
-        dtype = precision.autocast or precision.dtype
-        self._leaves = Leaves(self._numbers.weights, layout, dtype, alone=True)
+        self._leaves = Leaves(self._numbers.weights, layout, precision.of_products, alone=True)
         device = self._numbers.weights.device
         self._optimizer = RowOptimizer(
             1, dtype=precision.dtype, device=device, fused=_fused(precision)

@@ -385,7 +385,7 @@ def test_the_kernel_is_tried_with_arguments_as_those_of_a_step(
     monkeypatch.setattr(cohort_engine, "fused_update", lambda *_: fused.update)
     config = bench.config(1, varied(1, "adam"), MODELS[model], precision=precision, epochs=1)
     of = precision_of(config.train, CPU)
-    optimizer._try(fused.update, CPU, of.dtype, of.autocast or of.dtype)
+    optimizer._try(fused.update, CPU, of.dtype, of.of_products)
     (tried,) = kinds
     trained(bench.alone(config))
     for members in (1, 3):

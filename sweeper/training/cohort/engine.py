@@ -154,7 +154,7 @@ class CohortEngine:
             slots,
             dtype=self.precision.dtype,
             device=device,
-            fused=fused_update(device, self.precision.dtype, leaves.lowered.dtype),
+            fused=fused_update(device, self.precision.dtype, self.precision.of_products),
         )
         loss = self._loss_of([seat.config for seat in seats])
         totals = _Totals(slots, device)
@@ -228,8 +228,7 @@ class CohortEngine:
         return model.to(device=self._device, dtype=self.precision.dtype)
 
     def _leaves_of(self, numbers: Numbers) -> Leaves:
-        dtype = self.precision.autocast or self.precision.dtype
-        return Leaves(numbers.weights, self.layout, dtype)
+        return Leaves(numbers.weights, self.layout, self.precision.of_products)
 
     def _loss_of(self, configs: Sequence[TrialConfig]) -> CohortLoss:
         return CohortLoss(

@@ -64,7 +64,7 @@ class Leaves:
         self, weights_KP: Tensor, layout: Layout, dtype: torch.dtype, *, alone: bool = False
     ) -> None:
         self._alone = alone
-        self._weights_KP, self.layout = weights_KP.detach(), layout
+        self._weights_KP, self.layout = weights_KP, layout
         rows = len(weights_KP)
         self.lowered = weights_KP.new_zeros(rows, layout.lowered_size, dtype=dtype)
         self._zeros = weights_KP.new_zeros(rows * ALIGNED)
@@ -79,8 +79,7 @@ class Leaves:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the weights once more, in place."""
-        if self.layout.lowered_size:
-            self.lowered.copy_(self._weights_KP[:, : self.layout.lowered_size])
+        self.lowered.copy_(self._weights_KP[:, : self.layout.lowered_size])
 
     def gradient(self, loss: Tensor) -> Gradient:
         """The gradient of ``loss`` by all weights."""

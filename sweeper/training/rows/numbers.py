@@ -212,7 +212,7 @@ class Numbers:
     def slot(self, k: int) -> Self:
         """Views of the numbers in slot ``k``."""
         return type(self)(
-            weights=self.weights.detach()[k],
+            weights=self.weights[k],
             buffers={name: value[k] for name, value in self.buffers.items()},
             first=self.first[k],
             second=self.second[k],
@@ -233,7 +233,7 @@ class Numbers:
         """Copies with memory of their own, on ``device`` (None: where they are)."""
 
         def copy(value: Tensor) -> Tensor:
-            return value.detach().to(device or value.device, copy=True)
+            return value.to(device or value.device, copy=True)
 
         return type(self)(
             weights=copy(self.weights),
@@ -283,9 +283,7 @@ def optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for position in range(len(layout.shapes)):
         state[position] = {
-            name: (steps if name == "step" else tensors[name][position].detach()).to(
-                device, copy=True
-            )
+            name: (steps if name == "step" else tensors[name][position]).to(device, copy=True)
             for name in kept
         }
     return state
