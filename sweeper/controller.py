@@ -42,8 +42,8 @@ from sweeper.store import (
     tickets,
 )
 from sweeper.store.glance import failed_rows
-from sweeper.study.diff import Change, changes
-from sweeper.study.spec import StudySpec
+from sweeper.study.diff import TRIALS, Change, changes
+from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,27 @@ def prepare(
     return Prepared(study=study, new=new, enqueued=enqueued)
 
 
+def extend(store: Store, name: str, more: int) -> StoredStudy:
+    """Add ``more`` trials to the budget of a study that is there, and enqueue them.
+
+    What its workers are asked for stays as it is. Raises UsageError where the space, or the list of
+    published configurations, tells how many trials there are.
+    """
+    with store.exclusively():
+        spec = studies.load(store, name).spec
+        sampler = spec.search.sampler
+        if isinstance(sampler, Grid | ReferenceOnly):
+            raise UsageError(
+                f"only a study whose sampler draws its trials can be given more of them, but that "
+                f"of {name!r} is {sampler.name!r}; start a study of another name"
+            )
+        trials = (spec.search.trials or 1) + more
+        search = spec.search.model_copy(update={"trials": trials})
+        study = studies.update(store, spec.model_copy(update={"search": search}))
+        tickets.fill(store, study.id, study.spec, tickets.tickets(study.spec, with_reference=False))
+    return study
+
+
 def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:
     """Raise where one of the changes would mix two studies in one."""
     grave = [change for change in found if not change.harmless]
@@ -94,6 +115,8 @@ def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:
     listing = "\n".join(f"  {change}" for change in grave)
     if all(change.extends for change in grave):
         advice = "run it again with --extend to add to its budget"
+    elif all(change.path == TRIALS for change in grave):
+        advice = f"a budget does not shrink; go on with the one it has: --trials {grave[0].old}"
     else:
         advice = f"give the study a new name (--set name={name}-2), or undo the change"
     raise StudyChangedError(

@@ -170,7 +170,7 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     from sweeper.cli.watching import Caller, Interrupts, leave, say_interrupted, watch
     from sweeper.controller import prepare
     from sweeper.service.finish import Ahead
-    from sweeper.store import open_store, progress, standing
+    from sweeper.store import open_store, progress, standing, studies
     from sweeper.tracking import TrackingService
 
     began = time.monotonic()
@@ -195,11 +195,12 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
                 say_interrupted(sweep, caller)
                 raise typer.Exit(130)
         ahead.wait()
-        if progress(opened, prepared.study).over:
+        study = studies.load(opened, spec.name)  # its budget may have grown meanwhile
+        if progress(opened, study).over:
             sweep.clean_up()
-        report = _publish(opened, prepared.study, settings, service)
+        report = _publish(opened, study, settings, service)
         experiment_id = service.experiment_id(spec.name)
-    now = standing(opened, prepared.study)
+    now = standing(opened, study)
     result = _result(now, settings, experiment_id, time.monotonic() - began)
     result["report"] = str(report) if report else None
     _say_result(now, settings, report)

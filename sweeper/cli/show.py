@@ -173,6 +173,26 @@ def cancel(study: StudyArgument, store: StoreOption = None, home: HomeOption = N
     _ask(study, store, home, "cancel", "cancelling; running trials end at their next epoch")
 
 
+def extend(
+    study: StudyArgument,
+    more: Annotated[
+        int, typer.Argument(metavar="N", min=1, help="So many trials beside those it has.")
+    ],
+    store: StoreOption = None,
+    home: HomeOption = None,
+) -> None:
+    """Add N trials to a study's budget; its workers take them."""
+    from sweeper.controller import extend as extended
+    from sweeper.store import Control, studies
+
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        found = extended(opened, study, more)
+        control = studies.control(opened, found.id)
+    sys.stdout.write(f"{study}: a budget of {found.spec.search.trials} trials, {more} more\n")
+    if control is not Control.RUN:
+        sys.stdout.write(f"{study} is asked to {control}: sweeper resume {study}\n")
+
+
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
     """Put every failed trial back into the queue."""
     from sweeper.store import Control, recovery, studies

@@ -122,6 +122,7 @@ class Watch:
             if not mine:
                 return True
             with self.store.exclusively():  # whoever enqueues trials just now is through then
+                study = studies.load(self.store, study.name)
                 now = progress(self.store, study)
                 control = studies.control(self.store, study.id)
             if not _is_over(now, control) or studies.finished(self.store, study.id, now.counts):

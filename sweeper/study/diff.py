@@ -21,7 +21,8 @@ _HARMLESS: Final = frozenset(
     {"description", "resources", "faults", "train.graph", "train.compile", "train.layer_statistics"}
 )
 """What decides no result: words, who trains and how fast, and what is recorded besides."""
-_TRIALS: Final = "search.trials"
+TRIALS: Final = "search.trials"
+"""The path of the budget, the one value that may grow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +73,7 @@ def digest(spec: StudySpec) -> str:
     meaning = {
         path: value
         for path, value in _meaning(spec).items()
-        if not _is_harmless(path, spec) and path not in ("name", _TRIALS)
+        if not _is_harmless(path, spec) and path not in ("name", TRIALS)
     }
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -113,7 +114,7 @@ def _effect(path: str, old: Any, new: Any, before: StudySpec, after: StudySpec) 
     if _is_harmless(path, before) and _is_harmless(path, after):
         return "none"
     more = isinstance(old, int) and isinstance(new, int) and new > old
-    return "extend" if path == _TRIALS and more else "another"
+    return "extend" if path == TRIALS and more else "another"
 
 
 def _is_harmless(path: str, spec: StudySpec) -> bool:

@@ -1,0 +1,72 @@
+"""What a person asks of a study that is there: to pause, to stop, to take more trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cli.conftest import Sweeper
+
+
+@pytest.fixture
+def waiting(sweeper: Sweeper) -> Sweeper:
+    """A study of three trials that no worker has taken yet."""
+    sweeper.run("launch", sweeper.write(), "--detach")
+    return sweeper
+
+
+def standing(sweeper: Sweeper) -> dict[str, Any]:
+    (found,) = sweeper.json("status", "small")
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("word", ["pause", "stop", "cancel"])
+def test_a_study_does_what_it_was_asked_last(waiting: Sweeper, word: str) -> None:
+    assert standing(waiting)["control"] == "run"
+    waiting.run(word, "small")
+    assert standing(waiting)["control"] == word
+    assert f"small is asked to {word}" in waiting.run("status")
+    waiting.run("resume", "small")
+    assert standing(waiting)["control"] == "run"
+
+
+def test_nobody_takes_a_trial_of_a_paused_study(waiting: Sweeper) -> None:
+    waiting.run("pause", "small")
+    waiting.run("worker", "small")  # finds nothing that it may take, and ends
+    assert standing(waiting)["trials"]["waiting"] == 3
+
+
+def test_a_study_is_given_more_trials_without_its_file(waiting: Sweeper) -> None:
+    said = waiting.run("extend", "small", "2")
+    assert said == "small: a budget of 5 trials, 2 more\n"
+    waiting.run("pause", "small")
+    said = waiting.run("extend", "small", "1")
+    assert said.endswith("small is asked to pause: sweeper resume small\n")
+    found = standing(waiting)
+    assert (found["budget"], found["trials"]["waiting"], found["control"]) == (6, 6, "pause")
+    said = waiting.run("launch", waiting.folder / "study.yaml", "--detach", code=2)
+    assert "search.trials: 6 → 3" in said
+    assert "--trials 6" in said
+    waiting.run("launch", waiting.folder / "study.yaml", "--detach", "--trials", "6")
+    assert standing(waiting)["trials"]["waiting"] == 6
+
+
+@pytest.mark.parametrize("sampler", ["grid", "reference"])
+def test_a_study_that_knows_its_trials_takes_no_more(sweeper: Sweeper, sampler: str) -> None:
+    search = {"sampler": sampler}
+    parameters = {"optimizer.lr": [0.001, 0.01]}
+    reference = {"source": "r", "trials": [{"params": {"optimizer.lr": 0.01}}]}
+    file = sweeper.write(search=search, parameters=parameters, reference=reference)
+    sweeper.run("launch", file, "--detach")
+    before = standing(sweeper)
+    said = sweeper.run("extend", "small", "2", code=2)
+    assert sampler in said
+    assert standing(sweeper) == before
+
+
+@pytest.mark.parametrize("words", [("small", "0"), ("small", "-1"), ("small", "x"), ("smal", "1")])
+def test_what_cannot_be_added_changes_nothing(waiting: Sweeper, words: tuple[str, str]) -> None:
+    said = waiting.run("extend", *words, code=2)
+    assert "small" in said if words[0] == "smal" else "N" in said
+    assert standing(waiting)["budget"] == 3
