@@ -41,6 +41,7 @@ from sweeper.store import (
     studies,
     tickets,
 )
+from sweeper.store.enough import stop_if_enough
 from sweeper.store.glance import failed_rows
 from sweeper.study.diff import TRIALS, Change, changes
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
@@ -189,7 +190,8 @@ class Sweep:
     """A study and the workers that this process keeps for it.
 
     ``allow_imports``: the workers may import models that the study names. Only for a study that
-    came from a file of the person who started this, not out of the store.
+    came from a file of the person who started this, not out of the store. ``enough`` says why no
+    further trial is begun, where the study has what its file calls enough.
 
     Call :meth:`start` once, :meth:`tick` every second or so until it says that the sweep is over.
     """
@@ -202,6 +204,7 @@ class Sweep:
     environment: dict[str, str] = field(default_factory=dict)
     allow_imports: bool = False
     stopping: bool = False
+    enough: str = field(default="", init=False)
     _buried: set[str] = field(default_factory=set)
     _deaths: QuickDeaths = field(default_factory=QuickDeaths)
     _hands: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -233,8 +236,9 @@ class Sweep:
     def start(self) -> Progress:
         """Start as many workers as there is work for, beside those of an earlier launch."""
         self._seen = now = progress(self.store, self.study)
+        self.enough = stop_if_enough(self.store, self.study, now)
         missing = min(self.workers, now.budget - now.ended) - len(self.alive)
-        if missing > 0:
+        if missing > 0 and not self.enough:
             self._add(missing)
         return now
 
@@ -272,6 +276,7 @@ class Sweep:
             now = progress(self.store, self.study, since=self._seen)
         self._seen = now
         stop_if_all_alike(self.store, self.study, now)
+        self.enough = stop_if_enough(self.store, self.study, now)
         if not self.stopping and not now.over:
             work = now.budget - now.ended
             missing = min(self.workers, work) - len(self.alive)

@@ -21,7 +21,17 @@ from sweeper.errors import (
 )
 from sweeper.launchers import Job, Process
 from sweeper.settings import Settings
-from sweeper.store import Outcome, Store, StoredStudy, held, open_store, queue, standing
+from sweeper.store import (
+    Control,
+    Outcome,
+    Store,
+    StoredStudy,
+    held,
+    open_store,
+    queue,
+    standing,
+    studies,
+)
 from sweeper.store import attributes as attr
 from sweeper.study.spec import StudySpec
 
@@ -121,6 +131,28 @@ def end_trial(study: StoredStudy, store: Store, outcome: Outcome, error: str = "
     facts = {attr.ERROR: error} if error else {}
     held.finish(store, study.study, claimed, outcome=outcome, values=values, facts=facts)
     return claimed.number
+
+
+# --- a study that has what its file calls enough
+
+
+def test_nobody_is_started_for_a_study_that_has_enough(
+    sweep: Callable[..., Sweep], store: Store
+) -> None:
+    search = {"trials": 12, "sampler": "random", "stop": {"target": 0.5}}
+    found = sweep(search=search)
+    end_trial(found.study, store, Outcome.COMPLETED)
+    assert found.tick().counts["complete"] == 1
+    assert "search.stop.target" in found.enough
+    assert studies.control(store, found.study.id) is Control.STOP
+    crew(found).end(*crew(found).alive, code=0)
+    found.tick()
+    assert crew(found).alive == []
+    again = sweep(search=search)  # as another launch of the same file
+    assert (crew(again).jobs, again.enough) == ([], found.enough)
+    assert studies.control(store, found.study.id) is Control.STOP
+    more = sweep(search={**search, "stop": {"target": 0.6}})
+    assert (len(crew(more).alive), more.enough) == (4, "")
 
 
 # --- a study whose first trials all crash alike

@@ -203,7 +203,8 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
     now = standing(opened, study)
     result = _result(now, settings, experiment_id, time.monotonic() - began)
     result["report"] = str(report) if report else None
-    _say_result(now, settings, report)
+    result["stopped"] = sweep.enough or None
+    _say_result(now, settings, report, sweep.enough)
     return result
 
 
@@ -252,12 +253,14 @@ def _result(
     }
 
 
-def _say_result(now: Standing, settings: Settings, report: Path | None) -> None:
+def _say_result(now: Standing, settings: Settings, report: Path | None, enough: str) -> None:
     from sweeper.cli.printing import err, number, text
 
     console = err()
     counts = ", ".join(f"{count} {state}" for state, count in now.counts.items() if count)
     console.print(f"\n[bold]{now.spec.name}[/]: {counts}")
+    if enough:
+        console.print(f"no further trial was begun: {enough}", markup=False)
     best = now.best
     if report is not None:
         console.print(f"report: {report}", markup=False)

@@ -164,6 +164,8 @@ def watch(
             away.ended()
         except StoreUnreachableError as error:
             note = note if interrupts.count > handled else away.goes_on(error)
+        if sweep.enough:
+            note = f"no further trial is begun: {sweep.enough}"
         if sweep.stopping:
             note = "stopping after the running epochs; once more (Ctrl-C) stops at once"
         alive = len(sweep.alive)

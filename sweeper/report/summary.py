@@ -136,6 +136,8 @@ def asked(data: StudyData) -> Facts:
         spaces = (f"{path}: {_space(parameter)}" for path, parameter in spec.parameters.items())
         facts.append(("searched", tuple(spaces)))
     facts.append(("how", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
+    if enough := search.stop.model_dump(exclude_none=True):
+        facts.append(("enough", tuple(f"{name}: {value(each)}" for name, each in enough.items())))
     for name in ("data", "model", "optimizer", "train"):
         said = _section(sections[name], prefix=name, skip=set(spec.parameters))
         searched = any(path.startswith(f"{name}.") for path in spec.parameters)

@@ -31,6 +31,7 @@ from sweeper.store import (
     studies,
     workers,
 )
+from sweeper.store.enough import stop_if_enough
 from sweeper.store.overview import Tally
 from sweeper.tracking import TrackingService
 from sweeper.tracking.journal import pending
@@ -96,7 +97,10 @@ class Watch:
                 retried = recovery.reconcile(self.store, study.id, study.spec)
             _log.info("%s: the trials %s are tried again", study.name, retried)
             return
-        self._stop_if_hopeless(study, now, tally.control)
+        if tally.control is Control.RUN:
+            self._stop_if_hopeless(study, now)
+            if reason := stop_if_enough(self.store, study, now):
+                _log.info("%s has enough: %s", study.name, reason)
         if _is_over(now, tally.control):
             self.finisher.ask(study)
 
@@ -107,9 +111,7 @@ class Watch:
             self._known[tally.study_id] = (time.monotonic(), known)
         return known
 
-    def _stop_if_hopeless(self, study: StoredStudy, now: Progress, control: Control) -> None:
-        if control is not Control.RUN:
-            return
+    def _stop_if_hopeless(self, study: StoredStudy, now: Progress) -> None:
         try:
             stop_if_all_alike(self.store, study, now)
         except WorkersFailedError as error:

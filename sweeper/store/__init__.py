@@ -2,7 +2,8 @@
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
 ``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
-draws points, ``glance`` counts how a study stands, ``view`` lists its trials, ``overview`` counts
+draws points, ``glance`` counts how a study stands, ``enough`` tells whether that will do, ``view``
+lists its trials, ``overview`` counts
 all studies, ``workers`` tells who works on them. ``tables`` and ``cache`` read and write Optuna's
 tables in bulk. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here
 and in ``report`` only.

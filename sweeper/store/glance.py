@@ -120,6 +120,20 @@ def best_value(store: Store, study: StoredStudy) -> float | None:
     return found[0].values[0] if found and found[0].values else None
 
 
+def ended_since_best(store: Store, study: StoredStudy) -> int:
+    """How many trials completed or were pruned after the best one did; 0 before there is one."""
+    with store.reading() as connection:
+        best = sqlalchemy.select(TRIALS.c.datetime_complete).where(
+            TRIALS.c.trial_id.in_(_best_ids(connection, study))
+        )
+        query = sqlalchemy.select(sqlalchemy.func.count()).where(
+            TRIALS.c.study_id == study.id,
+            TRIALS.c.state.in_([TrialState.COMPLETE, TrialState.PRUNED]),
+            TRIALS.c.datetime_complete > best.scalar_subquery(),
+        )
+        return int(connection.execute(query).scalar_one())
+
+
 def failed_rows(store: Store, study: StoredStudy) -> list[TrialRow]:
     """The trials that failed and are not tried again, by number."""
     with store.reading() as connection:

@@ -18,9 +18,12 @@ from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 Effect = Literal["none", "extend", "another"]
 
 _HARMLESS: Final = frozenset(
-    {"description", "resources", "faults", "train.graph", "train.compile", "train.layer_statistics"}
-)
-"""What decides no result: words, who trains and how fast, and what is recorded besides."""
+    {
+        "description", "resources", "faults", "search.stop",
+        "train.graph", "train.compile", "train.layer_statistics",
+    }
+)  # fmt: skip
+"""What decides no trial's result: words, who trains, how fast, until when, what is recorded."""
 TRIALS: Final = "search.trials"
 """The path of the budget, the one value that may grow."""
 
@@ -121,7 +124,7 @@ def _is_harmless(path: str, spec: StudySpec) -> bool:
     if path.startswith("reference."):
         runs = isinstance(spec.search.sampler, ReferenceOnly)
         return not (runs and path.endswith(".params"))
-    return path in _HARMLESS or path.split(".")[0] in _HARMLESS
+    return any(path == each or path.startswith(f"{each}.") for each in _HARMLESS)
 
 
 def _shown(value: Any) -> str:

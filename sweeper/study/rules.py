@@ -31,6 +31,7 @@ def rule_mistakes(draft: Draft) -> Iterator[Finding]:
     """Every mistake that lies in no value by itself, but in how sections go together."""
     yield from _budget_mistakes(draft)
     yield from _several_objectives(draft)
+    yield from _stop_mistakes(draft)
     yield from _pruner_mistakes(draft)
     yield from _fault_mistakes(draft)
     yield from _slurm_mistakes(draft)
@@ -142,6 +143,19 @@ def _several_objectives(draft: Draft) -> Iterator[Finding]:
             message=f"sampler cmaes must have one objective, but there are {len(metrics)}; use "
             f"tpe, gp or nsga2",
         )
+
+
+def _stop_mistakes(draft: Draft) -> Iterator[Finding]:
+    if not draft.sound("objective") or not draft.sound("search", "stop"):
+        return
+    objectives, stop = draft.spec.objective, draft.spec.search.stop
+    for name in ("target", "patience"):
+        if len(objectives) > 1 and getattr(stop, name) is not None:
+            yield Finding(
+                path=("search", "stop", name),
+                message=f"{name} must have one objective to go by, but there are "
+                f"{len(objectives)}; leave it out, or use one objective",
+            )
 
 
 def _pruner_mistakes(draft: Draft) -> Iterator[Finding]:

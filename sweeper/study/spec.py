@@ -211,16 +211,31 @@ Pruner = Annotated[
 ]
 
 
+class Stop(Section):
+    """What is enough, before the budget is used up: no further trial is begun then.
+
+    ``target``: a completed trial's objective is as good as this. ``patience``: so many trials have
+    ended since the best one did, and none was better; failed ones do not count. ``failures``: so
+    many trials have failed. Trials that are running go on to their end.
+    """
+
+    target: float | None = None
+    patience: int | None = Field(default=None, ge=1)
+    failures: int | None = Field(default=None, ge=1)
+
+
 class Search(Section):
     """How points of the space are chosen, and how many.
 
     ``sampler`` chooses them, ``pruner`` ends trials early. ``trials`` is the budget, exactly; a
-    grid and the published configurations know theirs and need none. ``seed`` is the sampler's.
+    grid and the published configurations know theirs and need none. ``stop`` says what is enough
+    before that. ``seed`` is the sampler's.
     """
 
     sampler: Sampler = Tpe()
     pruner: Pruner = NoPruner()
     trials: int | None = Field(default=None, ge=1)
+    stop: Stop = Stop()
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 

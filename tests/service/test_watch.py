@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -52,13 +52,13 @@ class Bench:
         )
         self.finisher = self.watch.finisher = Asked()
 
-    def add(self, name: str, trials: int = 3) -> StoredStudy:
+    def add(self, name: str, trials: int = 3, stop: Mapping[str, int] | None = None) -> StoredStudy:
         spec = StudySpec.model_validate(
             {
                 "name": name,
                 "data": {"name": "digits"},
                 "model": {"name": "mlp"},
-                "search": {"trials": trials},
+                "search": {"trials": trials, "stop": stop or {}},
                 "parameters": {"optimizer.lr": {"low": 1.0e-4, "high": 0.1, "log": True}},
             }
         )
@@ -149,6 +149,18 @@ def test_a_study_whose_first_trials_crash_alike_is_stopped_and_says_why(
     assert "on purpose" in why
     assert "sweeper retry broken" in why
     assert studies.asked(found.store, other.id) == (Control.RUN, "")
+
+
+def test_a_study_that_has_enough_is_stopped_and_finished(bench: Callable[[], Bench]) -> None:
+    found = bench()
+    study = found.add("one", trials=9, stop={"failures": 1})
+    found.end(study, Outcome.CRASHED)
+    found.watch.look()
+    control, why = studies.asked(found.store, study.id)
+    assert (control, found.finisher.names) == (Control.STOP, [])
+    assert "search.stop.failures: 1" in why
+    found.watch.look()
+    assert found.finisher.names == ["one"]
 
 
 def test_what_is_seen_is_on_the_board(bench: Callable[[], Bench]) -> None:

@@ -54,6 +54,7 @@ def test_a_default_written_out_and_another_order_are_no_changes() -> None:
         ("resources.workers=3", "resources.workers", 'resources.workers: "auto" → 3'),
         ("resources.slurm.partition=long", "resources.slurm.partition", 'nothing → "long"'),
         ("faults.retries=0", "faults.retries", "faults.retries: 3 → 0"),
+        ("search.stop={patience: 3}", "search.stop.patience", "search.stop.patience: nothing → 3"),
         ("train.graph=off", "train.graph", 'train.graph: "auto" → "off"'),
         ("reference.source=other", "reference.source", 'reference.source: "r" → "other"'),
         ("reference.trials.0.note=n", "reference.trials[0].note", '"" → "n"'),
