@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _OTHERS_S: Final = 600.0
 """A controller that is just finishing the same study is waited for."""
+_TIME_IS_UP: Final = "the time that --hours gave is up; launch again to go on"
 
 
 def launch(
@@ -51,6 +53,14 @@ def launch(
             "--detach", help="Enqueue the trials, start the workers of a cluster's launcher, leave."
         ),
     ] = False,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="After so many hours let the workers end their epochs, put their trials back and "
+            "write the report; launch again to go on.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")
     ] = False,
@@ -68,19 +78,33 @@ def launch(
     if dry_run:
         _dry_run(specs, reference=reference, json_=json_)
         return
+    if detach and hours is not None:
+        raise UsageError(
+            "--hours must be the time of a launch that stays, but got --detach too; leave one out"
+        )
     settings = Settings.resolve(home=home, store=store)
     how = _How(
-        launcher=launcher, workers=workers, reference=reference, extend=extend, detached=detach
+        launcher=launcher,
+        workers=workers,
+        reference=reference,
+        extend=extend,
+        detached=detach,
+        until=math.inf if hours is None else time.monotonic() + hours * 3600,
     )
     if detach:
         for spec in specs:
             _detach(spec, settings, how)
         return
-    results = [_run(spec, settings, how) for spec in specs]
+    results = [_run(specs[0], settings, how)]
+    for spec in specs[1:]:
+        if time.monotonic() > how.until:
+            sys.stderr.write(f"{spec.name}: not begun, {_TIME_IS_UP}\n")
+        else:
+            results.append(_run(spec, settings, how))
     if json_:
         from sweeper.cli.printing import print_json
 
-        print_json(results[0] if len(results) == 1 else results)
+        print_json(results[0] if len(specs) == 1 else results)
     if any(result["best"] is None for result in results):
         raise typer.Exit(1)
 
@@ -106,13 +130,14 @@ def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _How:
-    """What was typed beside the study file."""
+    """What was typed beside the study file. ``until``: when the time is up, monotonic seconds."""
 
     launcher: LauncherName
     workers: int | None
     reference: bool
     extend: bool
     detached: bool
+    until: float
 
     def open_launcher(self, spec: StudySpec, settings: Settings) -> Launcher:
         """The launcher, where its workers can reach the store and MLflow."""
@@ -188,7 +213,15 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
         with Interrupts() as interrupts:
             try:
                 with view(lambda: service.uri) as shown:
-                    watch(sweep, caller, interrupts, shown, service, nearly_over=ahead.start)
+                    watch(
+                        sweep,
+                        caller,
+                        interrupts,
+                        shown,
+                        service,
+                        until=how.until,
+                        nearly_over=ahead.start,
+                    )
             finally:
                 leave(sweep, caller)
             if interrupts.count:
@@ -202,9 +235,10 @@ def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
         experiment_id = service.experiment_id(spec.name)
     now = standing(opened, study)
     result = _result(now, settings, experiment_id, time.monotonic() - began)
+    early = sweep.enough or (_TIME_IS_UP if sweep.stopping and not now.over else "")
     result["report"] = str(report) if report else None
-    result["stopped"] = sweep.enough or None
-    _say_result(now, settings, report, sweep.enough)
+    result["stopped"] = early or None
+    _say_result(now, settings, report, early)
     return result
 
 
@@ -253,14 +287,14 @@ def _result(
     }
 
 
-def _say_result(now: Standing, settings: Settings, report: Path | None, enough: str) -> None:
+def _say_result(now: Standing, settings: Settings, report: Path | None, early: str) -> None:
     from sweeper.cli.printing import err, number, text
 
     console = err()
     counts = ", ".join(f"{count} {state}" for state, count in now.counts.items() if count)
     console.print(f"\n[bold]{now.spec.name}[/]: {counts}")
-    if enough:
-        console.print(f"no further trial was begun: {enough}", markup=False)
+    if early:
+        console.print(f"no further trial was begun: {early}", markup=False)
     best = now.best
     if report is not None:
         console.print(f"report: {report}", markup=False)

@@ -135,11 +135,13 @@ def watch(
     shown: View,
     service: TrackingService,
     *,
+    until: float = math.inf,
     nearly_over: Callable[[], object] = lambda: None,
 ) -> None:
     """Look after the sweep until it is over, interrupted, or stopped from elsewhere.
 
-    ``nearly_over`` is called once, when no trial waits for a worker any more.
+    After ``until`` (monotonic seconds) it is left as after one interrupt. ``nearly_over`` is
+    called once, when no trial waits for a worker any more.
     Raises what :meth:`Sweep.tick` raises; a store that is away is waited for as Outage says.
     """
     from sweeper.controller import Outage
@@ -150,7 +152,8 @@ def watch(
     while True:
         note = service.look_after()
         handled = interrupts.count
-        if handled and not sweep.stopping:
+        late = time.monotonic() > until
+        if (handled or late) and not sweep.stopping:
             sweep.stop()
             stop_by = time.monotonic() + sweep.study.spec.faults.grace_s + _LATE_S
         answered = False
@@ -167,7 +170,8 @@ def watch(
         if sweep.enough:
             note = f"no further trial is begun: {sweep.enough}"
         if sweep.stopping:
-            note = "stopping after the running epochs; once more (Ctrl-C) stops at once"
+            again = "once more (Ctrl-C)" if handled else "Ctrl-C twice"
+            note = f"stopping after the running epochs; {again} stops at once"
         alive = len(sweep.alive)
         if now is not None:
             shown.show(now, alive, note)

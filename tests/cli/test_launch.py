@@ -265,6 +265,21 @@ def test_interrupted_once_trials_go_back_and_a_launch_goes_on(sweeper: Sweeper) 
     assert any("goes on after epoch" in log.read_text() for log in logs)
 
 
+def test_a_launch_whose_time_is_up_leaves_what_it_has_not_begun(sweeper: Sweeper) -> None:
+    file = sweeper.write()
+    other = sweeper.write("other.yaml", name="other")
+    said = sweeper.run("launch", file, other, "--hours", "0", code=1)
+    assert "other: not begun, the time that --hours gave is up" in said
+    assert "no further trial was begun: the time that --hours gave is up" in said
+    (standing,) = sweeper.json("status")
+    assert standing["trials"]["waiting"] == standing["budget"] == 3
+    assert (sweeper.folder / ".sweeper/reports/small/index.html").exists()
+    said = sweeper.run("launch", file, "--hours", "1", "--detach", code=2)
+    assert "--detach" in said
+    result = sweeper.json("launch", file, "--hours", "1")
+    assert (result["trials"]["complete"], result["stopped"]) == (3, None)
+
+
 def test_workers_end_when_their_launch_is_killed(sweeper: Sweeper) -> None:
     file = sweeper.write(search={"trials": 1, "sampler": "random"}, **SLOW)
     launch = sweeper.start("launch", file, "--workers", "1", start_new_session=True)
