@@ -38,6 +38,9 @@ _KEPT: Final = 2
 _SHARE: Final = 0.01
 """At most this share of the time may go into copying a trial's state to the host."""
 _ABANDONED_S: Final = 30 * 86400.0
+_STUDY: Final = re.compile(r".+-[0-9a-f]{8}")
+_OURS: Final = re.compile(r"\d{6,}/epoch-\d{6,}\.ckpt(\.damaged|\.[0-9a-f]{8}\.tmp)?")
+"""What there may be in a study's folder, and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,17 +171,27 @@ class TrialCheckpoints:
 
 
 def remove_study(place: str, study: str) -> None:
-    """Remove what is left of a study that is over, and what nobody has touched for 30 days."""
+    """Remove what is left of a study that is over, and of those that were abandoned: nothing in
+    their folders was written for 30 days. A folder with anything but checkpoints in it is somebody
+    else's and stays, for the place may have other uses.
+    """
     try:
-        top = _Folder(place)
         _Folder(f"{place}/{study}").remove()
-        for name in top.names():
-            if time.time() - top.changed(name) > _ABANDONED_S:
-                _Folder(f"{place}/{name}").remove()
+        for name in filter(_STUDY.fullmatch, _Folder(place).names()):
+            folder = _Folder(f"{place}/{name}")
+            if _is_abandoned(folder):
+                folder.remove()
     except FileNotFoundError:
         return
     except Exception as error:  # noqa: BLE001 - file systems of all kinds, and their errors
         _log.warning("old checkpoints in %s cannot be removed: %s", place, error)
+
+
+def _is_abandoned(folder: _Folder) -> bool:
+    files = folder.files()
+    if not files or not all(map(_OURS.fullmatch, files)):
+        return False
+    return all(time.time() - folder.changed(file) > _ABANDONED_S for file in files)
 
 
 def _packed(checkpoint: Checkpoint, digest: str) -> bytes:
@@ -260,6 +273,21 @@ class _Folder:
             return []
         return [str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, False)]
 
+    def files(self) -> list[str]:
+        """The paths of all files in the folder and below it; links are files."""
+        if self._local is not None:
+            return [
+                (Path(root) / name).relative_to(self._local).as_posix()
+                for root, folders, files in os.walk(self._local)
+                for name in [
+                    *files,
+                    *(each for each in folders if (Path(root) / each).is_symlink()),
+                ]
+            ]
+        system, path = self._remote
+        system.invalidate_cache()
+        return [str(file).removeprefix(path).lstrip("/") for file in system.find(path)]
+
     def read(self, name: str) -> bytes:
         if self._local is not None:
             return (self._local / name).read_bytes()
@@ -310,11 +338,11 @@ class _Folder:
             system.rm(path, recursive=True)
 
     def changed(self, name: str) -> float:
-        """When the entry was last changed, in seconds since 1970; now where nobody knows."""
+        """When a file was last changed, in seconds since 1970; now where nobody knows."""
         if self._local is not None:
             return (self._local / name).stat().st_mtime
         system, path = self._remote
         try:
             return float(system.modified(f"{path}/{name}").timestamp())
-        except Exception:  # noqa: BLE001 - many file systems cannot tell for a folder
+        except Exception:  # noqa: BLE001 - not every file system can tell
             return time.time()

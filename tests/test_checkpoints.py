@@ -166,8 +166,37 @@ def test_a_place_that_takes_nothing_costs_a_warning(
 
 def test_a_studys_end_sweeps_its_checkpoints_and_those_long_abandoned(tmp_path: Path) -> None:
     write(opened(tmp_path), 1)
-    for name, days in (("old-1", 40), ("young-1", 3)):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    for name, days in (("old-0123abcd", (40, 35)), ("young-0123abcd", (40, 3))):
+        for epoch, old in enumerate(days):
+            leave(tmp_path / name / f"000007/epoch-{epoch:06d}.ckpt", days=old)
+    leave(tmp_path / "old-0123abcd/000008/epoch-000001.ckpt.damaged", days=50)
+    leave(tmp_path / "old-0123abcd/000008/epoch-000002.ckpt.89abcdef.tmp", days=50)
     checkpoints.remove_study(str(tmp_path), "study-1")
-    assert [folder.name for folder in tmp_path.iterdir()] == ["young-1"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["young-0123abcd"]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "thesis/chapters/one.tex",
+        "old-0123abcd/notes.txt",
+        "old-0123abcd/000007/epoch-000001.ckpt.txt",
+        "old-0123abcd/000007/deeper/epoch-000001.ckpt",
+        "old/000007/epoch-000001.ckpt",
+    ],
+)
+def test_what_sweeper_did_not_write_stays_where_checkpoints_are_kept(
+    tmp_path: Path, file: str
+) -> None:
+    leave(tmp_path / file, days=400)
+    leave(tmp_path / "old-0123abcd/000007/epoch-000002.ckpt", days=400)
+    os.utime((tmp_path / file).parents[-len(tmp_path.parts) - 1], (0, 0))
+    checkpoints.remove_study(str(tmp_path), "study-1")
+    assert (tmp_path / file).exists()
+
+
+def leave(file: Path, *, days: float) -> None:
+    """A file that was written so many days ago."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"")
+    os.utime(file, (time.time() - days * 86400,) * 2)
