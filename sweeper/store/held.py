@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, cast
 
 import optuna
 import sqlalchemy
@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import TrialLostError
 from sweeper.store import attributes as attr
-from sweeper.store import sampling, tables
+from sweeper.store import recovery, sampling, tables
 from sweeper.store.attributes import Outcome
 from sweeper.store.cache import RecentStorage
 from sweeper.store.database import Store
@@ -95,15 +95,20 @@ def should_prune(
 
     It compares with the other trials as they were up to a second ago; ``told`` are the trial's own
     values (epoch → value) that may be newer than that. What an earlier attempt reported of later
-    epochs does not count.
+    epochs does not count, and no trial competes with one that it replaced.
     """
     if not prunes(study) or len(study.directions) > 1:  # Optuna prunes by one objective only
         return False
     with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
+        known = None
         if isinstance(study.pruner, _KEEP_RUNGS):
-            known = store.storage.get_trial(claimed.trial_id)
+            study = copy.copy(study)
+            study._storage = cast("Any", _AsBegun(study._storage))
         else:
-            known = study.get_trials(deepcopy=False)[claimed.number]
+            trials = study.get_trials(deepcopy=False)
+            known = trials[claimed.number] if claimed.number < len(trials) else None
+        if known is None:  # its rungs are to be fresh, or it is younger than what was read
+            known = _as_begun(store.storage.get_trial(claimed.trial_id))
         frozen = copy.copy(known)
         frozen.intermediate_values = {
             step: value
@@ -111,6 +116,33 @@ def should_prune(
             if step <= epoch
         }
         return bool(study.pruner.prune(study, frozen))
+
+
+class _AsBegun:
+    """A storage in which a trial and those that it replaced are one, with the number of the first:
+    that of its Hyperband bracket."""
+
+    def __init__(self, storage: optuna.storages.BaseStorage) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy)
+        found = map(_as_begun, recovery.current(trials))
+        return [trial for trial in found if states is None or trial.state in states]
+
+
+def _as_begun(trial: FrozenTrial) -> FrozenTrial:
+    origin = trial.user_attrs.get(attr.ORIGIN, trial.number)
+    if origin == trial.number:
+        return trial
+    begun = copy.copy(trial)
+    begun.number = origin
+    return begun
 
 
 def note(store: Store, claimed: Claim, facts: Mapping[str, Any]) -> None:

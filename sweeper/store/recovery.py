@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Final
 
 import sqlalchemy
 from optuna.exceptions import UpdateFinishedTrialError
@@ -24,6 +25,8 @@ from sweeper.store.database import Store
 from sweeper.store.refusals import reaching
 from sweeper.store.tables import BEATS, FACTS, TRIALS
 from sweeper.study.spec import Faults, StudySpec
+
+_OPTIMIZER: Final = "cma:optimizer"
 
 
 def reap(store: Store, study_id: int, *, lost_after_s: float) -> list[int]:
@@ -224,6 +227,10 @@ def _failures(trial: FrozenTrial) -> int:
 
 
 def _successor(trial: FrozenTrial) -> FrozenTrial:
+    """The trial once more: to sampler and pruner it is the one before, as far as that got.
+
+    A state of CMA-ES stays behind: the youngest trial's counts, and this one would be the youngest.
+    """
     kept = (attr.TICKET, attr.FIXED, attr.SET, attr.REFERENCE, attr.DRAWN, attr.RUN_ID, attr.ALONE)
     known = trial.user_attrs
     failed = {**known.get(attr.FAILURES, {}), known.get(attr.OUTCOME): _failures(trial) + 1}
@@ -237,6 +244,11 @@ def _successor(trial: FrozenTrial) -> FrozenTrial:
             attr.RETRY_OF: trial.number,
             attr.ORIGIN: known.get(attr.ORIGIN, trial.number),
             attr.FAILURES: failed,
+        },
+        system_attrs={
+            key: value
+            for key, value in trial.system_attrs.items()
+            if not key.startswith(_OPTIMIZER)
         },
     )
 
