@@ -242,10 +242,20 @@ def contains(parameter: Values | Range, value: Any) -> bool:
         return False
     if parameter.integer:
         return (value - parameter.low) % (parameter.step or 1) == 0
-    if parameter.step is None:
-        return True
-    steps = (value - parameter.low) / parameter.step
-    return math.isclose(steps, round(steps), abs_tol=1e-8)
+    return math.isclose(nearest(parameter, value), value, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def nearest(parameter: Range, value: int | float) -> int | float:
+    """The point of a range with steps that ``value`` stands for; of other ranges ``value``.
+
+    Samplers compute ``low + 3 * step``, which for steps of 0.1 is 0.30000000000000004: to a file,
+    to its conditions and to a grid it is 0.3.
+    """
+    points = parameter.points
+    if parameter.integer or parameter.step is None or points is None:
+        return value
+    index = round((value - parameter.low) / parameter.step)
+    return points[min(max(index, 0), len(points) - 1)]
 
 
 def possible(parameter: Values | Range, options: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from sweeper.space import Range, Values, encode, ordered, position
+from sweeper.space import Range, Values, encode, nearest, ordered, position
 from sweeper.study import spec as files
 from sweeper.study.plan import most_epochs
 from sweeper.study.spec import StudySpec
@@ -120,7 +120,7 @@ def distribution(parameter: Values | Range) -> BaseDistribution:
 def decode(parameter: Values | Range, value: Any) -> Any:
     """The value of the study file that an Optuna parameter stands for."""
     if isinstance(parameter, Range):
-        return value
+        return nearest(parameter, value)
     for option in parameter.values:
         if encode(option) == value and isinstance(value, bool) is isinstance(option, bool):
             return option

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 
@@ -16,7 +17,13 @@ from sweeper.space import contains, grid
 from sweeper.store import attributes as attr
 from sweeper.store import recovery, sampling, tables
 from sweeper.store.database import Store
+from sweeper.store.queue import values
+from sweeper.store.tables import TRIALS
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
+
+_SAMPLER: Final = "sampler"
+_GRID: Final = "grid"
+_REFERENCE: Final = "reference"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +31,11 @@ class Ticket:
     """A trial that the study is to have.
 
     ``values`` None: the sampler decides; otherwise exactly these. ``key`` says which trial of the
-    plan it is; only tickets of the sampler share one.
+    plan it is; those of the sampler share one, and so do points that are listed twice.
     """
 
     key: str
     values: Mapping[str, Any] | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
@@ -43,16 +49,14 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
         else []
     )
     result = [
-        Ticket(key=f"reference/{index}", values=trial.params, attributes={attr.REFERENCE: index})
-        for index, trial in enumerate(published)
+        Ticket(key=_key(_REFERENCE, trial.params), values=trial.params) for trial in published
     ]
     match spec.search.sampler:
         case ReferenceOnly():
             return result
         case Grid():
             points = [
-                Ticket(key="grid/" + json.dumps(point, sort_keys=True), values=point)
-                for point in grid(spec.parameters)
+                Ticket(key=_key(_GRID, point), values=point) for point in grid(spec.parameters)
             ]
             taken = [_config(spec, trial.params) for trial in published]
             return result + [
@@ -60,7 +64,7 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
                 for ticket in points
                 if not taken or _config(spec, ticket.values or {}) not in taken
             ]
-    free = Ticket(key="sampler", values=None if spec.parameters else {})
+    free = Ticket(key=_SAMPLER, values=None if spec.parameters else {})
     return result + [free] * (spec.search.trials or 1)
 
 
@@ -75,19 +79,72 @@ def _config(spec: StudySpec, values: Mapping[str, Any]) -> TrialConfig | None:
 def fill(store: Store, study_id: int, spec: StudySpec, planned: Sequence[Ticket]) -> int:
     """Enqueue those of ``planned`` that the study does not have yet; the number enqueued.
 
-    Call it under :meth:`Store.exclusively`.
+    A point of a grid and a published configuration that come to the same are one trial, whichever
+    was asked for first. Call it under :meth:`Store.exclusively`.
     """
     with store.writing() as connection:
-        replaced = recovery.replaced(connection, study_id)
-        known = tables.facts(connection, study_id, attr.TICKET)
-        have = Counter(key for number, key in known.items() if number not in replaced)
+        have = Counter(_known_keys(connection, study_id, spec))
+        there = set(have)
         lacking = []
         for ticket in planned:
             if have[ticket.key] > 0:
                 have[ticket.key] -= 1
             else:
-                lacking.append(_waiting(spec, ticket))
-        return len(tables.insert(connection, study_id, lacking))
+                lacking.append(ticket)
+        if isinstance(spec.search.sampler, Grid) and there and _mixed(there, lacking):
+            trained = [_config(spec, _point(key)) for key in there if key != _SAMPLER]
+            lacking = [
+                ticket
+                for ticket in lacking
+                if (config := _config(spec, ticket.values or {})) is None or config not in trained
+            ]
+        trials = [_waiting(spec, ticket) for ticket in lacking]
+        return len(tables.insert(connection, study_id, trials))
+
+
+def _known_keys(connection: sqlalchemy.Connection, study_id: int, spec: StudySpec) -> Iterator[str]:
+    """The key of every trial that counts. Older versions numbered published configurations."""
+    replaced = recovery.replaced(connection, study_id)
+    known = tables.facts(connection, study_id, attr.TICKET)
+    numbered = set()
+    for number, key in known.items():
+        if number in replaced:
+            continue
+        kind, _, point = key.partition("/")
+        if point.isdecimal():
+            numbered.add(number)
+        else:
+            yield _key(kind, json.loads(point)) if point else key
+    if numbered:
+        query = sqlalchemy.select(TRIALS.c.trial_id).where(
+            TRIALS.c.study_id == study_id, TRIALS.c.number.in_(numbered)
+        )
+        for trial in tables.read(connection, connection.execute(query).scalars()):
+            yield _key(_REFERENCE, values(spec, trial))
+
+
+def _key(kind: str, point: Mapping[str, Any]) -> str:
+    return f"{kind}/{json.dumps(_plain(point), sort_keys=True)}"
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in one of the ways in which it can be written: 1.0 is 1."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _point(key: str) -> dict[str, Any]:
+    point: dict[str, Any] = json.loads(key.partition("/")[2])
+    return point
+
+
+def _mixed(there: Iterable[str], lacking: Iterable[Ticket]) -> bool:
+    """Whether a study has points of a grid and published configurations, or is to have both."""
+    kinds = {key.partition("/")[0] for key in (*there, *(ticket.key for ticket in lacking))}
+    return {_GRID, _REFERENCE} <= kinds
 
 
 def _waiting(spec: StudySpec, ticket: Ticket) -> FrozenTrial:
@@ -95,7 +152,6 @@ def _waiting(spec: StudySpec, ticket: Ticket) -> FrozenTrial:
     attributes: dict[str, Any] = {
         attr.TICKET: ticket.key,
         attr.ATTEMPT: 1,
-        **ticket.attributes,
     }
     if ticket.values is None:
         return create_trial(state=TrialState.WAITING, user_attrs=attributes)

@@ -54,7 +54,6 @@ class TrialRow:
     ended: datetime | None
     attempt: int
     origin: int
-    reference: int | None
     run_id: str | None
     worker: str | None
     outcome: str | None
@@ -164,7 +163,6 @@ def row_of(spec: StudySpec, trial: FrozenTrial, state: str) -> TrialRow:
         ended=over,
         attempt=known.get(attr.ATTEMPT, 1),
         origin=known.get(attr.ORIGIN, trial.number),
-        reference=known.get(attr.REFERENCE),
         run_id=known.get(attr.RUN_ID),
         worker=known.get(attr.WORKER),
         outcome=known.get(attr.OUTCOME),

@@ -6,13 +6,12 @@ other study than one that leaves it out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sweeper.space import same
+from sweeper.space import Range, same
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 Effect = Literal["none", "extend", "another"]
@@ -67,21 +66,6 @@ def changes(old: StudySpec, new: StudySpec) -> list[Change]:
     return found
 
 
-def digest(spec: StudySpec) -> str:
-    """A short text that two specs share if their trials can be told apart by nothing but values.
-
-    Equal for specs between which :func:`changes` finds nothing but harmless changes, another
-    number of trials, and another name.
-    """
-    meaning = {
-        path: value
-        for path, value in _meaning(spec).items()
-        if not _is_harmless(path, spec) and path not in ("name", TRIALS)
-    }
-    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _meaning(spec: StudySpec) -> dict[str, Any]:
     """The spec as dotted paths to plain values. Parameters and lists are one value each."""
     full = spec.model_dump(mode="json", exclude={"parameters", "reference"})
@@ -97,6 +81,8 @@ def _meaning(spec: StudySpec) -> dict[str, Any]:
     meaning = dict(_flat("", full))
     for path, parameter in spec.parameters.items():
         meaning[f"parameters.{path}"] = parameter.model_dump(mode="json", exclude_defaults=True)
+        if isinstance(parameter, Range):  # 1 is 1.0, but one range has no 1.5
+            meaning[f"parameters.{path}.numbers"] = "whole" if parameter.integer else "real"
     if spec.reference:
         meaning["reference.source"] = spec.reference.source
         for index, trial in enumerate(spec.reference.trials):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import optuna
 import pytest
 
+from sweeper.space import grid
 from sweeper.store import sampling
 from sweeper.study.spec import StudySpec
 
@@ -30,6 +31,26 @@ def run(spec: StudySpec, trials: int) -> optuna.Study:
         values = sampling.draw(spec, trial)
         study.tell(trial, -((math.log10(values["optimizer.lr"]) + 2) ** 2))
     return study
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "grid"])
+@pytest.mark.parametrize(
+    ("low", "high", "step", "wanted"),
+    [(0.0, 0.5, 0.1, 0.3), (0.05, 0.95, 0.05, 0.15), (0.0, 0.9, 0.3, 0.9), (0.1, 0.9, 0.2, 0.7)],
+)
+def test_a_condition_holds_for_a_point_that_steps_lead_to(
+    spec: Make, name: str, low: float, high: float, step: float, wanted: float
+) -> None:
+    search = {"sampler": name} if name == "grid" else {"sampler": name, "trials": 60}
+    parameters = {
+        "model.dropout": {"low": low, "high": high, "step": step},
+        "optimizer.weight_decay": {"values": [0.01, 0.1], "when": {"model.dropout": wanted}},
+    }
+    found = spec(search=search, parameters=parameters)
+    points = list(grid(found.parameters)) if name == "grid" else sampling.preview(found, 60)
+    there = [point for point in points if point["model.dropout"] == wanted]
+    assert there
+    assert there == [point for point in points if "optimizer.weight_decay" in point]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
