@@ -17,7 +17,7 @@ from sweeper.settings import Settings, run_key
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sweeper.store import Store
+    from sweeper.store import Store, StoredStudy
 
 
 @contextlib.contextmanager
@@ -40,8 +40,7 @@ def status(
     from sweeper.store import Control, progress, studies
 
     with _opened(Settings.resolve(home=home, store=store)) as opened:
-        names = [study] if study else studies.names(opened)
-        loaded = [studies.load(opened, name) for name in names]
+        loaded = [studies.load(opened, study)] if study else _readable(opened)
         found = [progress(opened, each) for each in loaded]
         asked = [studies.asked(opened, each.id) for each in loaded]
     if json_:
@@ -85,6 +84,19 @@ def status(
         if control is not Control.RUN:
             why = f": {plain(reason)}" if reason else ""
             out().print(f"{now.spec.name} is asked to {control}{why}", markup=False)
+
+
+def _readable(store: Store) -> list[StoredStudy]:
+    """All studies, but for those that this version cannot read, of which is said why."""
+    from sweeper.store import studies
+
+    found = []
+    for name in studies.names(store):
+        try:
+            found.append(studies.load(store, name))
+        except UsageError as error:
+            sys.stderr.write(plain(f"sweeper: {error}\n"))
+    return found
 
 
 def trials(

@@ -16,7 +16,12 @@ from typing import Final
 
 from sweeper import checkpoints
 from sweeper.controller import stop_if_all_alike
-from sweeper.errors import StoreUnreachableError, SweeperError, WorkersFailedError
+from sweeper.errors import (
+    StoreUnreachableError,
+    SweeperError,
+    UsageError,
+    WorkersFailedError,
+)
 from sweeper.service.board import Board, Snapshot
 from sweeper.service.finish import Finishing
 from sweeper.settings import Settings
@@ -58,6 +63,7 @@ class Watch:
     _known: dict[int, tuple[float, StoredStudy]] = field(default_factory=dict)
     _lookouts: dict[int, recovery.Lookout] = field(default_factory=dict)
     _seen: dict[int, Tally] = field(default_factory=dict)
+    _told: dict[int, str] = field(default_factory=dict)
     _swept: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,7 +74,10 @@ class Watch:
         tallies = overview.tallies(self.store)
         for tally in tallies:
             if tally.finished != tally.counts:
-                self._look_at(tally)
+                try:
+                    self._look_at(tally)
+                except UsageError as error:  # a broken study must not keep the others waiting
+                    self._tell_once(tally, str(error))
         if time.monotonic() - self._swept > _SWEEP_S:
             self._swept = time.monotonic()
             workers.sweep(self.store)
@@ -103,6 +112,11 @@ class Watch:
                 _log.info("%s has enough: %s", study.name, reason)
         if _is_over(now, tally.control):
             self.finisher.ask(study)
+
+    def _tell_once(self, tally: Tally, why: str) -> None:
+        if self._told.get(tally.study_id) != why:
+            self._told[tally.study_id] = why
+            _log.error("%s cannot be looked after: %s", tally.name, why)
 
     def _study(self, tally: Tally) -> StoredStudy:
         read_at, known = self._known.get(tally.study_id, (0.0, None))

@@ -35,9 +35,10 @@ _ERROR_CHARACTERS: Final = 8000
 
 def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str, Any]:
     """The trial's parameters by dotted path: fixed ones as they are, the others drawn now."""
+    storage = study._storage
     with reaching("the database"), _owned():
-        storage = study._storage
         frozen = storage.get_trial(claimed.trial_id)
+    with reaching("the database"), _unfinished():
         if frozen.user_attrs.get(attr.FIXED) or frozen.user_attrs.get(attr.DRAWN):
             return values(spec, frozen)
         if isinstance(storage, RecentStorage):
@@ -99,7 +100,7 @@ def should_prune(
     """
     if not prunes(study) or len(study.directions) > 1:  # Optuna prunes by one objective only
         return False
-    with reaching(store.url), store.storage.recent(_PRUNER_SLACK_S):
+    with reaching(store.url), _unfinished(), store.storage.recent(_PRUNER_SLACK_S):
         known = None
         if isinstance(study.pruner, _KEEP_RUNGS):
             study = copy.copy(study)
@@ -108,7 +109,8 @@ def should_prune(
             trials = study.get_trials(deepcopy=False)
             known = trials[claimed.number] if claimed.number < len(trials) else None
         if known is None:  # its rungs are to be fresh, or it is younger than what was read
-            known = _as_begun(store.storage.get_trial(claimed.trial_id))
+            with _owned():
+                known = _as_begun(store.storage.get_trial(claimed.trial_id))
         frozen = copy.copy(known)
         frozen.intermediate_values = {
             step: value
@@ -251,11 +253,21 @@ def _running(store: Store, study_id: int) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _owned() -> Iterator[None]:
+def _unfinished() -> Iterator[None]:
     """Optuna refuses to touch a finished trial: to its worker that means that it was lost."""
     try:
         yield
     except UpdateFinishedTrialError as error:
+        raise TrialLostError from error
+
+
+@contextlib.contextmanager
+def _owned() -> Iterator[None]:
+    """As :func:`_unfinished`, also where the trial was deleted with its study."""
+    try:
+        with _unfinished():
+            yield
+    except KeyError as error:
         raise TrialLostError from error
 
 

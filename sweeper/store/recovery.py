@@ -55,7 +55,7 @@ class Lookout:
     def reap(self, store: Store, study_id: int) -> list[int]:
         """As :func:`reap`, once there is reason to believe what is seen."""
         began = time.time()
-        if began - self._last > self._lost_after_s / 2:
+        if not 0 <= began - self._last <= self._lost_after_s / 2:  # less than 0: the clock was set
             self._since = None
         try:
             with reaching(store.url):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import optuna
@@ -38,10 +39,23 @@ class StoredStudy:
 
     @property
     def identity(self) -> str:
-        """A name that no other study has, not even a later one of the same name. Asks the store."""
-        created = self.study.user_attrs.get(attr.CREATED, self.id)
+        """A name that no other study has, not even a later one of the same name. Asks the store.
+
+        Raises StudyNotFoundError where it was deleted.
+        """
+        with _there():
+            created = self.study.user_attrs.get(attr.CREATED, self.id)
         digest = hashlib.sha256(f"{self.name} {created!r}".encode()).hexdigest()
         return f"{self.name}-{digest[:8]}"
+
+
+@contextlib.contextmanager
+def _there() -> Iterator[None]:
+    """Optuna knows no study of an id any more: somebody has deleted it, with Optuna's tools."""
+    try:
+        yield
+    except KeyError as error:
+        raise StudyNotFoundError("the study was deleted from the store") from error
 
 
 def names(store: Store) -> list[str]:
@@ -108,7 +122,7 @@ def load(store: Store, name: str) -> StoredStudy:
 
 def load_by_id(store: Store, study_id: int) -> StoredStudy:
     """The study with this id; errors as in :func:`load`."""
-    with reaching(store.url):
+    with reaching(store.url), _there():
         name = store.storage.get_study_name_from_id(study_id)
     return load(store, name)
 
@@ -143,29 +157,29 @@ def update(store: Store, spec: StudySpec) -> StoredStudy:
 
 
 def control(store: Store, study_id: int) -> Control:
-    """What the study's workers are asked to do."""
-    with reaching(store.url):
+    """What the study's workers are asked to do. Raises StudyNotFoundError, as all below do."""
+    with reaching(store.url), _there():
         asked = store.storage.get_study_user_attrs(study_id).get(attr.CONTROL, Control.RUN)
     return Control(asked)
 
 
 def asked(store: Store, study_id: int) -> tuple[Control, str]:
     """As :func:`control`, and why; empty where a person asked for it."""
-    with reaching(store.url):
+    with reaching(store.url), _there():
         known = store.storage.get_study_user_attrs(study_id)
     return Control(known.get(attr.CONTROL, Control.RUN)), str(known.get(attr.STOPPED, ""))
 
 
 def finished(store: Store, study_id: int, counts: Mapping[str, int]) -> bool:
     """Whether the study was finished as it stands: with these ``counts`` by state."""
-    with reaching(store.url):
+    with reaching(store.url), _there():
         known = store.storage.get_study_user_attrs(study_id).get(attr.FINISHED)
     return bool(known == dict(counts))
 
 
 def remember_finished(store: Store, study_id: int, counts: Mapping[str, int]) -> None:
     """Store that report and tracker have the study as it stands."""
-    with reaching(store.url):
+    with reaching(store.url), _there():
         store.storage.set_study_user_attr(study_id, attr.FINISHED, dict(counts))
 
 
@@ -174,7 +188,7 @@ def ask(store: Store, study_id: int, what: Control, *, why: str = "") -> None:
 
     ``why`` is shown by ``sweeper status`` until something else is asked for.
     """
-    with reaching(store.url):
+    with reaching(store.url), _there():
         if store.storage.get_study_user_attrs(study_id).get(attr.STOPPED, "") != why:
             store.storage.set_study_user_attr(study_id, attr.STOPPED, why)
         store.storage.set_study_user_attr(study_id, attr.CONTROL, str(what))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sweeper.errors import UsageError
+from sweeper.errors import StudyNotFoundError, UsageError
 from sweeper.store import (
     Control,
     Store,
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 _KNOWN_S: Final = 10.0
 """A study's spec, with its priority, is read again after so long."""
 _LOOK_S: Final = 15.0
+_LOOK_SHARE: Final = 1 / 8
+"""Of ``lost_after_s``: a :class:`recovery.Lookout` that looks less than twice in it knows nothing.
+A look may be late by as much again, and by a pause as long."""
 _BARRED_S: Final = 300.0
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 5.0
@@ -60,7 +63,8 @@ class Work:
     _lookouts: dict[int, recovery.Lookout] = field(default_factory=dict)
     _barred: dict[int, float] = field(default_factory=dict)
     _told: set[int] = field(default_factory=set)
-    _looked: float = 0.0
+    _look_at: float = 0.0
+    _patience_s: float = _LOOK_S
     _idle: int = 0
 
     def next(self) -> tuple[StoredStudy, queue.Claim] | Rest:
@@ -107,18 +111,26 @@ class Work:
         return math.ceil(trials / (len(others) + 1))
 
     def _goes_on(self, study: StoredStudy) -> bool:
-        if studies.control(self.store, study.id) is not Control.RUN:
+        if not self._runs(study):
             return False
         if self.study:
             return True
         first = next((each for each in self._queued() if not self._refused(each)), None)
         return first is not None and first.id == study.id
 
+    def _runs(self, study: StoredStudy) -> bool:
+        try:
+            return studies.control(self.store, study.id) is Control.RUN
+        except StudyNotFoundError:
+            return False
+
     def pause_s(self) -> float:
         """How long to wait before the next look; idle workers of a store are never in step."""
         if self.study:
             return _FIRST_PAUSE_S
-        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._idle - 1, 6))
+        longest = min(
+            _LONGEST_PAUSE_S, self._patience_s, _FIRST_PAUSE_S * 2.0 ** min(self._idle - 1, 6)
+        )
         return longest * random.uniform(0.5, 1)
 
     def bar(self, study: StoredStudy) -> None:
@@ -141,16 +153,32 @@ class Work:
         for study in self._queued():
             if refused := self._refused(study):
                 self._tell_once(study.id, refused)
-            elif studies.control(self.store, study.id) is Control.RUN:
+            elif self._runs(study):
                 claimed = queue.claim(self.store, study.id, self.worker)
                 if claimed is not None:
                     return study, claimed
-        if self.store.remote is None and time.monotonic() - self._looked > _LOOK_S:
-            self._looked = time.monotonic() + random.uniform(0, _LOOK_S)
-            for tally in overview.tallies(self.store):
-                if tally.finished is None and (tally.counts["running"] or tally.counts["failed"]):
-                    self._look_after(self._study(tally.study_id))
+        if self.store.remote is None and time.monotonic() > self._look_at:
+            self._look_after_all()
         return Rest.WAIT
+
+    def _look_after_all(self) -> None:
+        """Find the lost trials of all studies; soon again where one of them waits for that."""
+        self._patience_s = _LOOK_S
+        for tally in overview.tallies(self.store):
+            if tally.finished == tally.counts or not (
+                tally.counts["running"] or tally.counts["failed"]
+            ):
+                continue
+            try:
+                study = self._study(tally.study_id)
+            except UsageError as error:  # a broken study must not keep the others waiting
+                self._tell_once(tally.study_id, str(error))
+                continue
+            self._look_after(study)
+            if tally.counts["running"]:
+                soon_s = study.spec.faults.lost_after_s * _LOOK_SHARE
+                self._patience_s = min(self._patience_s, soon_s)
+        self._look_at = time.monotonic() + self._patience_s * random.uniform(1, 2)
 
     def _refused(self, study: StoredStudy) -> str:
         """Why this worker must not train the study, if there is a reason."""

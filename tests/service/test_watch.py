@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -161,6 +162,20 @@ def test_a_study_that_has_enough_is_stopped_and_finished(bench: Callable[[], Ben
     assert "search.stop.failures: 1" in why
     found.watch.look()
     assert found.finisher.names == ["one"]
+
+
+def test_a_study_that_cannot_be_read_keeps_no_other_waiting(
+    bench: Callable[[], Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = bench()
+    broken, good = found.add("broken", trials=1), found.add("good", trials=1)
+    found.end(good, Outcome.COMPLETED)
+    spec = {**json.loads(broken.spec.stored()), "hindsight": True}
+    broken.study.set_user_attr(attr.SPEC, json.dumps(spec))
+    for _ in range(3):
+        found.watch.look()
+    assert set(found.finisher.names) == {"good"}
+    assert caplog.text.count("broken cannot be looked after") == 1
 
 
 def test_what_is_seen_is_on_the_board(bench: Callable[[], Bench]) -> None:

@@ -131,6 +131,7 @@ def test_nobody_counts_as_lost_to_who_was_away_himself(
     assert looked(0) == looked(10) == []
     assert looked(100) == []  # a break: it begins anew
     assert looked(10) == looked(10) == []
+    assert looked(-3600) == looked(10) == looked(10) == []  # somebody has set the clock
     assert looked(10) == [0]
 
 
