@@ -1,12 +1,12 @@
 """The store: an Optuna study in one SQL database, used as a queue.
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
-``queue`` hands them out and takes them back, ``recovery`` finds the lost and retries, ``sampling``
-draws points, ``glance`` counts how a study stands, ``enough`` tells whether that will do, ``view``
-lists its trials, ``overview`` counts
-all studies, ``workers`` tells who works on them. ``tables`` and ``cache`` read and write Optuna's
-tables in bulk. ``remote`` and ``proxy`` are the two ends of ``grpc://``. Optuna is imported here
-and in ``report`` only.
+``queue`` hands them out and takes them back, ``held`` is what a worker does with one, ``recovery``
+finds the lost and retries, ``sampling`` draws points (``cmaes`` is a sampler of our own),
+``glance`` counts how a study stands, ``enough`` tells whether that will do, ``view`` lists its
+trials, ``overview`` counts all studies, ``workers`` tells who works on them. ``tables`` and
+``cache`` read and write Optuna's tables in bulk. ``remote`` and ``proxy`` are the two ends of
+``grpc://``. Optuna is imported here and in ``report`` only.
 """
 
 from sweeper.store.attributes import Control, Outcome

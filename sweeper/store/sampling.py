@@ -16,6 +16,7 @@ from optuna.distributions import (
 )
 
 from sweeper.space import Range, Values, encode, nearest, ordered, position
+from sweeper.store.cmaes import CmaEsSampler
 from sweeper.study import spec as files
 from sweeper.study.plan import most_epochs
 from sweeper.study.spec import StudySpec
@@ -48,7 +49,7 @@ def sampler(spec: StudySpec, trial_number: int) -> optuna.samplers.BaseSampler:
             case files.Gp(startup_trials=startup):
                 return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
             case files.CmaEs(startup_trials=startup):
-                return optuna.samplers.CmaEsSampler(
+                return CmaEsSampler(
                     seed=seed, n_startup_trials=startup, warn_independent_sampling=False
                 )
             case files.Nsga2(population=population):

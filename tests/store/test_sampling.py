@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import optuna
 import pytest
@@ -145,3 +148,29 @@ def test_preview_is_what_the_first_trials_draw(spec: Make) -> None:
     found = spec(search={"trials": 5, "seed": 4}, parameters=SPACE)
     drawn = [sampling.decoded(found, trial.params) for trial in run(found, 5).trials]
     assert sampling.preview(found, 5) == drawn
+
+
+class Hostile:
+    """Runs something as it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("exit 7",)
+
+
+def test_the_state_of_cmaes_is_kept_and_runs_nothing(spec: Make) -> None:
+    found = spec(
+        search={"sampler": {"name": "cmaes", "startup_trials": 1}, "trials": 20},
+        parameters={path: SPACE[path] for path in ("optimizer.lr", "train.batch_size")},
+    )
+    study = run(found, 20)
+    generations = [trial.system_attrs.get("cma:generation", 0) for trial in study.trials]
+    assert generations[-1] >= 2  # its own state was read again and again
+    last = study.trials[-1]
+    state = {"cma:optimizer:0": pickle.dumps(Hostile()).hex(), "cma:generation": 1}
+    study.add_trial(
+        optuna.trial.create_trial(
+            value=0.5, params=last.params, distributions=last.distributions, system_attrs=state
+        )
+    )
+    with pytest.raises(pickle.UnpicklingError, match=r"it names .*system; somebody has changed it"):
+        sampling.draw(found, study.ask())
