@@ -17,6 +17,7 @@ from sweeper.training import compiling
 from sweeper.training.cohort import Choice, ready
 from sweeper.training.cohort.engine import CohortEngine
 from sweeper.training.engine import Engine
+from sweeper.worker.signals import StopNowError
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 2e-2]
 GRID: dict[str, Any] = {
@@ -193,6 +194,26 @@ def test_a_signal_puts_all_back_and_they_go_on_as_never_broken(
     for run in found.tracker.runs.values():
         assert run.tags["sweeper.resumed"] == "attempt 2 after epoch 2"
     assert_same(found, alone(bench))
+
+
+def test_a_second_signal_while_an_epoch_is_told_of_costs_no_epoch(bench: MakeBench) -> None:
+    found = bench(resources={"cohort": 6})
+    original = found.tracker.log
+
+    def log(key: str, metrics: dict[str, float], step: int, timestamp_ms: int) -> None:
+        original(key, metrics, step, timestamp_ms)
+        if step == 2:  # the first member has been told of, the others have not
+            found.signals.count = 2
+            raise StopNowError
+
+    found.tracker.log = log  # type: ignore[method-assign]
+    found.worker.run()
+    found.tracker.log = original  # type: ignore[method-assign]
+    assert [row.state for row in found.now.rows] == ["waiting"] * 6
+    found.signals.count = 0
+    found.worker.run()
+    assert_same(found, alone(bench))
+    assert all(sorted(run.metrics["val_loss"]) == [1, 2, 3] for run in found.tracker.runs.values())
 
 
 def test_what_a_cohort_began_goes_on_alone(bench: MakeBench) -> None:

@@ -39,7 +39,7 @@ class Attempt:
     """One claimed trial on its way through training, store and tracker.
 
     Alone it is :meth:`run`. Where many train at once, whoever steps them calls :meth:`announce`,
-    :meth:`begin`, :meth:`measured` after every epoch, and :meth:`end`.
+    :meth:`begin`, :meth:`record` and :meth:`measured` after every epoch, and :meth:`end`.
     ``mates`` and ``beside`` are the numbers of trials that trained in one batch with it, and in
     lanes of their own.
     """
@@ -197,7 +197,8 @@ class Attempt:
         with contextlib.closing(training.epochs(interrupt=interrupt)) as epochs:
             for measurement in epochs:
                 self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
-                ended = self.measured(training, measurement)
+                self.record(measurement)
+                ended = self.measured(training)
                 if ended is not None:
                     return ended
                 if self.worker.signals.stopping:
@@ -205,11 +206,15 @@ class Attempt:
                     return None
         return Outcome.COMPLETED
 
-    def measured(self, training: Trial, measurement: Measurement) -> Outcome | None:
-        """Say what an epoch gave, tracker first; how the trial ends if this was its last."""
-        epoch = Epoch(measurement=measurement, time_ms=round(time.time() * 1000))
-        self.epochs.append(epoch)
-        self.tracked.log(epoch)
+    def record(self, measurement: Measurement) -> None:
+        """Count an epoch that was trained. Whatever comes now, a checkpoint has it, and who goes on
+        from there tells store and tracker."""
+        self.epochs.append(Epoch(measurement=measurement, time_ms=round(time.time() * 1000)))
+
+    def measured(self, training: Trial) -> Outcome | None:
+        """Say what the last epoch gave, tracker first; how the trial ends if it was its last."""
+        measurement = self.epochs[-1].measurement
+        self.tracked.log(self.epochs[-1])
         if not measurement.finite:
             return Outcome.DIVERGED
         last = measurement.epoch >= training.config.train.epochs

@@ -269,13 +269,14 @@ class Together:
     def _conclude(self, measured: list[tuple[NetworkTrial, Measurement]]) -> None:
         """Say what the epoch gave, and end those that are over."""
         for member, measurement in measured:
+            self.attempts[member].record(measurement)  # all of them, before anything waits
             self._rates[member] = measurement.metrics.get("samples_per_s", 0.0)
         self.worker.note_throughput(sum(self._rates.values()) or None)
         ended: list[tuple[NetworkTrial, Outcome]] = []
-        for member, measurement in measured:
+        for member, _ in measured:
             attempt, over = self.attempts[member], True
             with self.worker.fate_of(attempt):
-                outcome = attempt.measured(member, measurement)
+                outcome = attempt.measured(member)
                 over = False
             if over:
                 self._release(member)
