@@ -17,7 +17,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -103,14 +103,17 @@ class TrialCheckpoints:
             try:
                 found = _unpacked(self._folder.read(name), self._digest)
             except DamagedCheckpointError as error:
-                _log.warning("the checkpoint %s/%s is set aside: %s", self._folder, name, error)
-                self._quietly(lambda name=name: self._folder.rename(name, f"{name}.damaged"))
+                self._damaged(name, str(error))
             except Exception as error:  # noqa: BLE001 - as above
                 _log.warning("the checkpoint %s/%s cannot be read: %s", self._folder, name, error)
             else:
                 if found is not None:
                     return found
         return None
+
+    def set_aside(self, checkpoint: Checkpoint, why: str) -> bool:
+        """Rename one that cannot be used, with a warning; whether that is done."""
+        return self._damaged(_name(checkpoint), why)
 
     def due(self, epoch: int) -> bool:
         """Whether a checkpoint after ``epoch`` is wanted and the one before is written."""
@@ -152,7 +155,7 @@ class TrialCheckpoints:
         self._quietly(self._folder.remove)
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        name = f"epoch-{checkpoint.epochs[-1].measurement.epoch:06d}.ckpt"
+        name = _name(checkpoint)
         try:
             self._folder.write(name, _packed(checkpoint, self._digest))
             older = sorted(filter(_NAME.fullmatch, self._folder.names()), reverse=True)
@@ -161,13 +164,23 @@ class TrialCheckpoints:
         except Exception as error:  # noqa: BLE001 - a full disk must not cost the trial
             _log.warning("the checkpoint %s/%s is not written: %s", self._folder, name, error)
 
-    def _quietly(self, act: Any) -> None:
+    def _damaged(self, name: str, why: str) -> bool:
+        _log.warning("the checkpoint %s/%s is set aside: %s", self._folder, name, why)
+        return self._quietly(lambda: self._folder.rename(name, f"{name}.damaged"))
+
+    def _quietly(self, act: Callable[[], object]) -> bool:
         try:
             act()
         except FileNotFoundError:
             pass
         except Exception as error:  # noqa: BLE001 - what is left is swept with its study
             _log.warning("the checkpoints in %s stay as they are: %s", self._folder, error)
+            return False
+        return True
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return f"epoch-{checkpoint.epochs[-1].measurement.epoch:06d}.ckpt"
 
 
 def remove_study(place: str, study: str) -> None:

@@ -7,18 +7,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sweeper import checkpoints
 from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints
 from sweeper.config import TrialConfig
 from sweeper.config.model import Custom
-from sweeper.errors import StoreUnreachableError, TrialLostError, UsageError
+from sweeper.errors import (
+    StoreRefusedError,
+    StoreUnreachableError,
+    TrialLostError,
+    UsageError,
+)
 from sweeper.measurement import Measurement, summary
 from sweeper.store import Control, Outcome, StoredStudy, held, queue, recovery
 from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value
 from sweeper.store.view import best_of, better
+from sweeper.worker.cohorts import out_of_memory
 from sweeper.worker.compiling import going_by
 from sweeper.worker.patience import GIVE_UP_S, patiently
 from sweeper.worker.reports import Reports
@@ -136,8 +142,8 @@ class Attempt:
         """Go on from a checkpoint where there is one; from here on epochs can be measured."""
         self._describe(training)
         self.checkpoints = self._checkpoints(checkpoints.digest(training.config, self.by))
-        if found := self.checkpoints.latest():
-            self._go_on(training, found)
+        if found := self._loaded(training, self.checkpoints):
+            self._go_on(found)
         self.reports = Reports(self.worker.store, self.study, self.claimed)
 
     def end(self, training: Trial, outcome: Outcome) -> None:
@@ -165,9 +171,25 @@ class Attempt:
             at_most_s=faults.checkpoint_s,
         )
 
-    def _go_on(self, training: Trial, found: Checkpoint) -> None:
+    def _loaded(self, training: Trial, kept: TrialCheckpoints) -> Checkpoint | None:
+        """The newest checkpoint that fits, which ``training`` is then in the state of, or None."""
+        fresh: Mapping[str, Any] | None = None
+        while found := kept.latest():
+            fresh = training.state_dict() if fresh is None else fresh
+            try:
+                training.load_state_dict(found.training)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                training.load_state_dict(fresh)
+                if not kept.set_aside(found, f"it does not fit: {type(error).__name__}: {error}"):
+                    return None
+            else:
+                return found
+        return None
+
+    def _go_on(self, found: Checkpoint) -> None:
         """Continue after the last epoch of a checkpoint; store and tracker get what they lack."""
-        training.load_state_dict(found.training)
         self.epochs = list(found.epochs)
         self.spent_s = found.seconds
         last = self.epochs[-1].measurement.epoch
@@ -198,7 +220,11 @@ class Attempt:
             for measurement in epochs:
                 self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
                 self.record(measurement)
-                ended = self.measured(training)
+                try:
+                    ended = self.measured(training)
+                except StoreRefusedError:
+                    self.save(training)  # the store's disk is full; this one may have room
+                    raise
                 if ended is not None:
                     return ended
                 if self.worker.signals.stopping:

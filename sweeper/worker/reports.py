@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from typing import Final
 
-from sweeper.errors import StoreRefusedError, StoreUnreachableError
+from sweeper.errors import StoreRefusedError, StoreUnreachableError, TrialLostError
 from sweeper.store import Store, StoredStudy, held, queue
 from sweeper.worker.patience import pause_s
 
@@ -41,7 +41,7 @@ class Reports:
         """Report the first objective after ``epoch``; whether the pruner ends the trial.
 
         Without ``decide`` the pruner is not asked. Raises TrialLostError where the store has given
-        the trial to another worker, as soon as that is known.
+        the trial to another worker, as soon as that is known, and whatever else ended the thread.
         """
         with self._changed:
             decide = decide and self._prunes
@@ -59,13 +59,13 @@ class Reports:
 
     @property
     def lost(self) -> bool:
-        """Whether nothing that is trained from now on would count. Does not wait."""
-        return self._error is not None
+        """Whether the store has given the trial to another worker. Does not wait."""
+        return isinstance(self._error, TrialLostError)
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until every report is stored; whether they are. Raises as :meth:`tell`."""
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._due or self.lost, timeout_s)
+            done = self._changed.wait_for(lambda: not self._due or self._ended, timeout_s)
             self._raise()
             return done
 
@@ -76,7 +76,11 @@ class Reports:
             self._changed.notify_all()
 
     def _settled(self) -> bool:
-        return not self._due or self._away or self.lost
+        return not self._due or self._away or self._ended
+
+    @property
+    def _ended(self) -> bool:
+        return self._error is not None
 
     def _raise(self) -> None:
         if self._error is not None:

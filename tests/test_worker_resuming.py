@@ -1,0 +1,93 @@
+"""What a trial goes on from where a disk was full, or a checkpoint is not what it should be."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worker_bench import Bench
+
+from sweeper.errors import StoreRefusedError
+from sweeper.store import held
+
+ONE: dict[str, Any] = {"search": {"trials": 1, "sampler": "random"}}
+
+
+def history(found: Bench) -> dict[int, float]:
+    (row,) = found.now.rows
+    assert row.state == "complete"
+    return dict(row.history)
+
+
+def test_a_full_disk_of_the_store_is_no_lost_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = Bench(tmp_path / "whole", **ONE)
+    whole.worker.run()
+    found = Bench(tmp_path / "full", **ONE, faults={"checkpoint_s": 1000})
+    report = held.report
+
+    def full(store: Any, claimed: Any, epoch: int, value: float) -> None:
+        if epoch == 2:
+            raise StoreRefusedError("the database or disk is full")
+        report(store, claimed, epoch, value)
+
+    monkeypatch.setattr(held, "report", full)
+    with caplog.at_level(logging.INFO), pytest.raises(StoreRefusedError, match="is full"):
+        found.worker.run()
+    assert "given to another worker" not in caplog.text
+    monkeypatch.setattr(held, "report", report)
+    (row,) = found.now.rows
+    assert (row.state, row.attempt) == ("waiting", 2)
+    found.worker.run()
+    resumed = found.tracker.runs["small/0"].tags["sweeper.resumed"]
+    # the report of the second epoch is known to have failed before the third is trained, or after
+    assert resumed in {"attempt 2 after epoch 2", "attempt 2 after epoch 3"}
+    assert history(found) == history(whole)
+
+
+def spoil(file: Path) -> None:
+    """A whole checkpoint, checksum and all, that lacks a part of the trial's state."""
+    header, _, body = file.read_bytes().partition(b"\n")
+    content = torch.load(io.BytesIO(body), weights_only=True)
+    del content["training"]["schedule"]
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    magic, digest, _ = header.split()
+    checksum = hashlib.sha256(stream.getvalue()).hexdigest().encode()
+    file.write_bytes(b" ".join([magic, digest, checksum]) + b"\n" + stream.getvalue())
+
+
+@pytest.mark.parametrize(("spoiled", "goes_on"), [(1, "after epoch 1"), (2, None)])
+def test_a_checkpoint_that_does_not_fit_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoiled: int, goes_on: str | None
+) -> None:
+    whole = Bench(tmp_path / "whole", **ONE)
+    whole.worker.run()
+    found = Bench(tmp_path / "spoiled", **ONE, faults={"checkpoint_s": 0})
+    log = found.tracker.log
+
+    def stop_after_two(key: str, metrics: dict[str, float], step: int, time_ms: int) -> None:
+        log(key, metrics, step, time_ms)
+        if step == 2:
+            found.signals.stop()
+
+    found.tracker.log = stop_after_two  # type: ignore[method-assign]
+    found.worker.run()
+    files = sorted((tmp_path / "spoiled/checkpoints").rglob("*.ckpt"), reverse=True)
+    assert [file.name for file in files] == ["epoch-000002.ckpt", "epoch-000001.ckpt"]
+    for file in files[:spoiled]:
+        spoil(file)
+    found.tracker.log = log  # type: ignore[method-assign]
+    found.signals.count = 0
+    with caplog.at_level(logging.WARNING):
+        found.worker.run()
+    assert caplog.text.count("is set aside: it does not fit: KeyError: 'schedule'") == spoiled
+    resumed = found.tracker.runs["small/0"].tags.get("sweeper.resumed")
+    assert resumed == (None if goes_on is None else f"attempt 2 {goes_on}")
+    assert history(found) == history(whole)
