@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from sweeper.measurement import EPOCH_METRICS
+from sweeper.report.configurations import resolved
 from sweeper.settings import OUTCOME_TAG, STATE_TAG, Settings, run_key
 from sweeper.store import Outcome, Standing, TrialRow, open_store, standing, studies
 from sweeper.store.glance import is_over
+from sweeper.study.spec import StudySpec
 from sweeper.tracking.audit import AuditedRun, audited, end_run
 from sweeper.tracking.protocol import text
 from sweeper.worker import flattened
@@ -49,7 +51,8 @@ def differences(now: Standing, settings: Settings) -> list[str]:
     for row in rows:
         run = by_key.get(run_key(now.spec.name, row.origin))
         if run is not None:
-            found += [f"trial {row.number}: {line}" for line in _of_trial(row, run)]
+            wanted = _resolved(now.spec, row)
+            found += [f"trial {row.number}: {line}" for line in _of_trial(row, run, wanted)]
         elif row.state != "waiting":
             found.append(f"trial {row.number} ({row.state}) has no run")
     return found
@@ -101,22 +104,28 @@ def settle_all(settings: Settings) -> int:
         store.close()
 
 
-def _of_trial(row: TrialRow, run: AuditedRun) -> Iterator[str]:
+def _resolved(spec: StudySpec, row: TrialRow) -> dict[str, Any]:
+    """What a run has as parameters: a trial's own with what they leave to defaults."""
+    return flattened(resolved(spec, row.params) or {})
+
+
+def _of_trial(row: TrialRow, run: AuditedRun, wanted: Mapping[str, Any]) -> Iterator[str]:
     if run.status != _STATUS[row.state]:
         yield f"it is {row.state} in the store, but its run is {run.status}"
     if run.tags.get(STATE_TAG) != row.state:
         yield f"it is {row.state} in the store, but tagged {run.tags.get(STATE_TAG)!r}"
     if row.state not in {"waiting", "running"} and run.tags.get(OUTCOME_TAG) != row.outcome:
         yield f"it ended as {row.outcome}, but is tagged {run.tags.get(OUTCOME_TAG)!r}"
-    yield from _parameters(row, run)
+    yield from _parameters(row, run, wanted)
     if row.state in {"complete", "pruned"}:
         yield from _epochs(row, run)
         yield from _last_metrics(row, run)
 
 
-def _parameters(row: TrialRow, run: AuditedRun) -> Iterator[str]:
-    for path, value in flattened(row.params).items():
+def _parameters(row: TrialRow, run: AuditedRun, wanted: Mapping[str, Any]) -> Iterator[str]:
+    for path, own in flattened(row.params).items():
         logged = run.params.get(path, run.params.get(f"{path}.name"))
+        value = wanted.get(path, wanted.get(f"{path}.name", own))
         if logged is None:
             yield f"its run lacks the parameter {path}"
         elif not _same(text(value), logged):
