@@ -64,6 +64,17 @@ class StudyData:
             return run.history[metric]
         return row.history if metric == self.now.spec.objective[0].metric else {}
 
+    def epochs(self, row: TrialRow) -> int | None:
+        """The epochs that a trial has finished; None where nobody knows.
+
+        The store has none of a study with several objectives, and the tracker has those of all
+        attempts together.
+        """
+        if len(self.now.spec.objective) == 1:
+            return row.epoch or 0
+        run = self.run(row) if row.state != "retried" else None
+        return None if run is None else max(run.history.get("train_loss", {}), default=0)
+
     def tags(self, name: str) -> dict[str, int]:
         """The values that a tag has among the trials' runs, the most frequent first."""
         known = (self.run(row) for row in self.now.rows if row.state != "retried")

@@ -77,7 +77,7 @@ FIGURES: Final[dict[str, tuple[str, str, Draw]]] = {
 PARETO: Final[dict[str, tuple[str, str, Draw]]] = {
     "pareto_front": (
         "Pareto front",
-        "Trials that no other trial beats in every objective.",
+        "On the front: trials that none beats in one objective without losing in another.",
         visualization.plot_pareto_front,
     )
 }

@@ -160,6 +160,7 @@ def all_trials(data: StudyData) -> Table:
     body = []
     for row in data.now.rows:
         reached = row.values[0] if row.values else row.last_value
+        epochs = data.epochs(row)
         state = row.outcome if row.state in {"failed", "pruned"} and row.outcome else row.state
         body.append(
             (
@@ -169,7 +170,7 @@ def all_trials(data: StudyData) -> Table:
                     tone="bad" if row.state == "failed" else "",
                 ),
                 Cell(text=number(reached), value=reached),
-                Cell(text=str(row.epoch or 0), value=row.epoch or 0),
+                Cell(text=value(epochs), value=epochs),
                 *(Cell(text=value(row.params.get(path))) for path in paths),
                 Cell(text=duration(row.seconds), value=row.seconds),
                 Cell(text=row.worker or value(None)),

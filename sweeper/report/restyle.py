@@ -24,6 +24,9 @@ _WORDS: Final = {
     "Hyperparameter Importance": "importance",
     "Importance for Objective Value": "importance",
 }
+_NUMBERED: Final = 20
+"""So many trials on a front have their numbers beside them; more would hide each other."""
+
 _FEW_TRIALS: Final = 12
 """Up to so many, an axis of trial numbers would have halves between them."""
 
@@ -35,6 +38,8 @@ def restyled(name: str, spec: dict[str, Any], objective: str) -> dict[str, Any]:
     """``spec`` of Optuna's figure ``name``, changed in place."""
     _reword(spec, {**_WORDS, "Objective Value": objective})
     layout = spec["layout"]
+    if name == "pareto_front":
+        _front(spec["data"], layout)
     for trace in spec["data"]:
         _rescale(trace)
         _unquote(trace, "x", "y")
@@ -51,6 +56,35 @@ def restyled(name: str, spec: dict[str, Any], objective: str) -> dict[str, Any]:
         if last < _FEW_TRIALS:
             layout["xaxis"] |= {"dtick": 1}
     return spec
+
+
+def _front(traces: list[dict[str, Any]], layout: dict[str, Any]) -> None:
+    """Trials on the front stand out, by number; Optuna tells both kinds apart by their scales."""
+    layout["showlegend"] = True
+    large, small, font = (11, 7, 12)
+    if "scene" in layout:  # points in space are drawn larger, and text smaller
+        large, small, font = (5, 3, 24)
+        room = {"eye": {"x": 1.6, "y": 1.6, "z": 1.1}, "center": {"x": 0, "y": 0, "z": -0.2}}
+        layout["scene"]["camera"] = room  # for the titles of the axes
+    for trace in traces:
+        best = trace["marker"]["colorbar"]["title"]["text"] == "Best Trial"
+        numbers = _listed(trace["marker"]["color"])
+        trace |= {
+            "name": "on the front" if best else "others",
+            "showlegend": bool(numbers),
+            "marker": {"size": large, "color": SCALE[-1][1]}
+            if best
+            else {"size": small, "color": SCALE[0][1]},
+            "hovertemplate": "%{text}<extra></extra>",
+        }
+        if best and len(numbers) <= _NUMBERED:
+            trace |= {
+                "mode": "markers+text",
+                "customdata": numbers,
+                "texttemplate": "%{customdata}",
+                "textposition": "top center",
+                "textfont": {"size": font},
+            }
 
 
 def _reword(item: Any, words: dict[str, str]) -> None:

@@ -213,9 +213,9 @@ def _reached(data: StudyData, row: TrialRow) -> list[tuple[str, str]]:
         for name in names
         if name in row.metrics
     ]
-    epoch = row.metrics.get("best_epoch")
+    epoch, epochs = row.metrics.get("best_epoch"), data.epochs(row)
     if epoch is not None:
-        found.append(("best epoch", f"{round(epoch)} of {row.epoch}"))
+        found.append(("best epoch", f"{round(epoch)} of {epochs}" if epochs else f"{round(epoch)}"))
     if row.model_parameters:
         found.append(("model size", f"{row.model_parameters:,} parameters"))
     if "mean_seconds" in row.metrics:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sweeper.report.blocks import Figure
 from sweeper.report.collect import StudyData
 from sweeper.report.drawing import LEGEND_ABOVE, STATES, layout, numbers, plain
-from sweeper.report.wording import duration, metric_title, number
+from sweeper.report.wording import duration, metric_title, number, plural
 from sweeper.store import TrialRow
 
 _LANE_PX: Final = 34
@@ -89,7 +89,6 @@ def _bars(
     lanes: dict[str, str],
     least_ms: float,
 ) -> dict[str, Any]:
-    metric = metric_title(data.now.spec.objective[0].metric)
     spans = [((row.ended or end) - (row.started or end)).total_seconds() * 1000 for row in rows]
     return {
         "type": "bar",
@@ -102,17 +101,20 @@ def _bars(
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
-        "customdata": [_said(row, metric) for row in rows],
+        "customdata": [_said(data, row) for row in rows],
         "marker": {"color": STATES[state], "line": {"width": 0.5, "color": "rgba(0,0,0,0.35)"}},
         "hovertemplate": "%{customdata}<extra></extra>",
     }
 
 
-def _said(row: TrialRow, metric: str) -> str:
+def _said(data: StudyData, row: TrialRow) -> str:
+    metric = metric_title(data.now.spec.objective[0].metric)
     reached = row.values[0] if row.values else row.last_value
     how = (row.outcome or row.state).replace("_", " ")
     lines = [f"trial {row.number}: {how} after {duration(row.seconds)}"]
     if reached is not None:
-        lines.append(f"{metric} {number(reached)} at epoch {row.epoch}")
+        epochs = data.epochs(row)
+        after = f" after {plural(epochs, 'epoch')}" if epochs else ""
+        lines.append(f"{metric} {number(reached)}{after}")
     lines.append(row.worker or "unknown worker")
     return "<br>".join(map(plain, lines))

@@ -75,8 +75,9 @@ def settle(now: Standing, settings: Settings) -> int:
     metrics included.
     """
     rows = {run_key(now.spec.name, row.origin): row for row in now.rows if row.state != "retried"}
+    several = len(now.spec.objective) > 1  # of such a study the store has no epochs
     ended = 0
-    for run in audited(settings, now.spec.name):
+    for run in audited(settings, now.spec.name, ["train_loss"] if several else []):
         row = rows.get(run.key)
         if row is None or row.state == "running" or run.status == _STATUS[row.state]:
             continue
@@ -87,7 +88,7 @@ def settle(now: Standing, settings: Settings) -> int:
             for name, value in row.metrics.items()
             if name not in EPOCH_METRICS and name not in run.metrics
         }
-        last = max(row.history, default=0)
+        last = max((*row.history, *run.points.get("train_loss", ())), default=0)
         end_run(settings, run, _STATUS[row.state], tags, final, last)
         ended += 1
     return ended

@@ -101,15 +101,35 @@ def test_hostile_values_are_text_in_every_figure(tmp_path: Any) -> None:
         assert "<" not in embedded(figure.spec)
 
 
-def test_several_objectives_have_a_pareto_front(tmp_path: Any) -> None:
+@pytest.mark.parametrize("objective", [["val_accuracy", "seconds"], ["val_accuracy", "val_loss"]])
+def test_several_objectives_have_a_pareto_front(tmp_path: Any, objective: list[str]) -> None:
     data = finished(
         tmp_path,
         [(0.5, 1.0), (0.6, 2.0), (0.4, 3.0)],
-        objective=["val_accuracy", "seconds"],
+        objective=objective,
         search={"trials": 3, "sampler": "random"},
         parameters={"optimizer.lr": {"low": 0.1, "high": 0.2}},
     )
-    assert [figure.name for figure in optuna_figures(data)] == ["pareto_front"]
+    (figure,) = optuna_figures(data)
+    assert figure.name == "pareto_front"
+    others, front = figure.spec["data"]
+    assert (others["name"], others["x"]) == ("others", [0.4])
+    assert (front["name"], front["x"], front["customdata"]) == ("on the front", [0.5, 0.6], [0, 1])
+    assert front["marker"]["size"] > others["marker"]["size"]
+    assert not [trace for trace in (others, front) if "colorbar" in trace["marker"]]
+
+
+def test_a_front_of_three_objectives_is_drawn_in_space(tmp_path: Any) -> None:
+    data = finished(
+        tmp_path,
+        [(0.5, 1.0, 1.0), (0.6, 2.0, 1.0)],
+        objective=["val_accuracy", "seconds", "val_loss"],
+        search={"trials": 2, "sampler": "random"},
+        parameters={"optimizer.lr": {"low": 0.1, "high": 0.2}},
+    )
+    (figure,) = optuna_figures(data)
+    assert [trace["showlegend"] for trace in figure.spec["data"]] == [False, True]
+    assert figure.spec["layout"]["scene"]["zaxis"]["title"]["text"] == "val loss"
 
 
 def test_only_formatting_tags_of_a_figure_stay() -> None:

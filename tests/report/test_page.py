@@ -18,10 +18,13 @@ from sweeper.errors import UsageError
 from sweeper.report import study_page
 from sweeper.report.collect import StudyData
 from sweeper.report.compare import write_comparison
+from sweeper.report.leaderboard import all_trials
 from sweeper.report.render import render
-from sweeper.report.summary import asked, headline
+from sweeper.report.summary import asked, best_configuration, headline
+from sweeper.report.timeline import timeline
 from sweeper.report.write import comparison_name, write_files, write_report
-from sweeper.settings import Settings
+from sweeper.settings import Settings, run_key
+from sweeper.tracking.history import RunRecord
 
 Read = Callable[[str], StudyData]
 
@@ -226,6 +229,38 @@ def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched() -> N
     parameters = {"optimizer.lr": [0.1, 0.2]}
     said = dict(asked(made(row(0, accuracy=0.5), parameters=parameters)).facts)
     assert said["optimizer"] == ("all of it is searched",)
+
+
+def test_epochs_of_several_objectives_are_the_trackers() -> None:
+    """The store keeps none of them; without the tracker nobody knows, and nothing is invented."""
+
+    def said(data: StudyData) -> tuple[list[str], str, str]:
+        table = all_trials(data)
+        at = [column.title for column in table.columns].index("epochs")
+        best, lanes = best_configuration(data), timeline(data)
+        assert best is not None
+        assert lanes is not None
+        epochs = [cells[at].text for cells in table.rows]
+        return epochs, dict(best.facts)["best epoch"][0], lanes.spec["data"][0]["customdata"][0]
+
+    data = made(
+        row(0, values=(0.9, 0.1), metrics={"best_epoch": 3.0}, epoch=None),
+        row(1, state="retried", outcome="lost", epoch=None),
+        objective=["val_accuracy", "val_loss"],
+    )
+    run = RunRecord(
+        run_id="r",
+        status="FINISHED",
+        tags={},
+        history={"train_loss": dict.fromkeys(range(1, 5), 1)},
+    )
+    told = replace(data, runs={run_key("small", 0): run, run_key("small", 1): run})
+    epochs, best, bar = said(told)
+    assert (epochs, best) == (["4", "–"], "3 of 4")
+    assert "val accuracy 0.9000 after 4 epochs" in bar
+    epochs, best, bar = said(data)
+    assert (epochs, best) == (["–", "–"], "3")
+    assert "val accuracy 0.9000<br>" in bar
 
 
 def test_numbers_have_an_origin(page: Callable[..., Outline]) -> None:

@@ -53,3 +53,31 @@ def test_a_parameter_is_compared_with_what_it_leaves_to_defaults(
     (found,) = agreement.differences(now, settings)
     assert found.startswith("trial 1: data.augment is [")
     assert found.endswith(f"but {text([CROP])} in MLflow")
+
+
+@pytest.mark.parametrize(
+    ("objective", "history", "asked"),
+    [
+        ("val_accuracy", {1: 0.4, 2: 0.5}, []),
+        (["val_accuracy", "val_loss"], {}, ["train_loss"]),
+    ],
+)
+def test_final_metrics_are_settled_at_the_last_epoch(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    objective: Any,
+    history: dict[int, float],
+    asked: list[str],
+) -> None:
+    """The store has no epochs of a trial with several objectives: MLflow has them."""
+    now = made(row(0, accuracy=0.9, history=history), objective=objective).now
+    points = {name: {1: 1, 2: 1} for name in asked}
+    run = replace(run_of(now, 0), status="RUNNING", points=points)
+    wanted: list[list[str]] = []
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(agreement, "audited", lambda *args: wanted.append(args[2]) or [run])
+    monkeypatch.setattr(agreement, "end_run", lambda *args: told.append(args[2:]))
+    assert agreement.settle(now, settings) == 1
+    tags = {"sweeper.state": "complete", "sweeper.outcome": "completed"}
+    assert told == [("FINISHED", tags, {"test_accuracy": 0.9}, 2)]
+    assert wanted == [asked]
