@@ -233,7 +233,7 @@ def trials_csv(now: Standing) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     objectives = [f"objective.{objective.metric}" for objective in now.spec.objective]
-    facts = ["seconds", "attempt", "worker", "model_parameters"]
+    facts = ["trial_seconds", "attempt", "worker", "model_parameters"]
     named = map(inert, [*objectives, *paths, *metrics])
     writer.writerow(["number", "state", "outcome", *named, *facts])
     for row in rows:

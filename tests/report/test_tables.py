@@ -156,7 +156,7 @@ def test_a_spreadsheet_takes_nothing_in_a_csv_for_a_formula() -> None:
 
 def test_every_trial_is_in_the_csv_with_all_that_is_stored() -> None:
     data = made(
-        row(0, params={"optimizer.name": "sgd"}, accuracy=0.5, worker=HOSTILE),
+        row(0, params={"optimizer.name": "sgd"}, metrics={"seconds": 0.5}, worker=HOSTILE),
         row(1, params={"optimizer.name": "adam"}, accuracy=0.9, model_parameters=7),
         row(2, state="failed", outcome="crashed", error=HOSTILE, seconds=None),
         parameters={"optimizer.name": ["sgd", "adam"]},
@@ -167,4 +167,5 @@ def test_every_trial_is_in_the_csv_with_all_that_is_stored() -> None:
     assert lines[0]["objective.val_accuracy"] == lines[0]["test_accuracy"] == "0.9"
     assert lines[0]["model_parameters"] == "7"
     assert lines[1]["worker"] == HOSTILE
-    assert lines[2]["seconds"] == lines[2]["optimizer.name"] == ""
+    assert lines[2]["trial_seconds"] == lines[2]["optimizer.name"] == ""
+    assert (lines[1]["seconds"], lines[1]["trial_seconds"]) == ("0.5", "60.0")
