@@ -29,14 +29,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """None where there is no value; NaN counts as none."""
+        """None where there is no value; NaN counts as none, and an infinite one is not hidden."""
         known = [value for value in values if value is not None and not math.isnan(value)]
         if not known:
             return None
-        finite = len(known) > 1 and all(map(math.isfinite, known))
+        finite = all(map(math.isfinite, known))
         return cls(
-            mean=statistics.fmean(known) if all(map(math.isfinite, known)) else known[0],
-            deviation=statistics.stdev(known) if finite else None,
+            mean=statistics.fmean(known) if finite else sum(known),
+            deviation=statistics.stdev(known) if finite and len(known) > 1 else None,
             count=len(known),
         )
 

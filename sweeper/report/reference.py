@@ -21,6 +21,7 @@ from sweeper.report.wording import (
     metric,
     metric_title,
     minus,
+    plain,
     plural,
     short_names,
     signed,
@@ -257,9 +258,10 @@ def spread_cell(name: str, spread: Spread | None, tone: Tone = "") -> Cell:
     text = metric(name, spread.mean)
     if spread.deviation is None or (name == "model_parameters" and spread.deviation == 0):
         return Cell(text=text, value=spread.mean, tone=tone)
-    decimals = len(text.partition(".")[2]) if "e" not in text else 4
+    decimals = len(text.partition(".")[2])
+    shown = plain(spread.deviation, digits=3) if "e" in text else f"{spread.deviation:.{decimals}f}"
     return Cell(
-        text=f"{text} ± {spread.deviation:.{decimals}f}",
+        text=f"{text} ± {shown}",
         value=spread.mean,
         deviation=spread.deviation,
         hint=f"mean and standard deviation of {spread.count} trials",

@@ -67,7 +67,7 @@ def signed(name: str, value: float | None) -> str:
         return NOTHING
     # An accuracy's digits are those of what it is the difference of.
     text = f"{abs(value):.4f}" if "accuracy" in name else metric(name, abs(value))
-    if not any(digit in text for digit in "123456789"):
+    if not any(digit in text for digit in "123456789∞"):
         return f"±{text}"
     return ("+" if value > 0 else "−") + text
 

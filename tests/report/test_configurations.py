@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from report.conftest import made, row
 
@@ -71,6 +73,12 @@ def test_a_spread_needs_two_values() -> None:
     assert two is not None
     assert (two.mean, two.count) == (2.0, 2)
     assert two.deviation == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("values", [(0.5, math.inf, 0.7), (math.inf, 0.5), (math.inf, math.inf)])
+def test_a_mean_with_an_infinite_value_is_infinite(values: tuple[float, ...]) -> None:
+    found = Spread.of(values)
+    assert found == Spread(mean=math.inf, deviation=None, count=len(values))
 
 
 def test_device_time_counts_trials_at_the_same_time_on_one_worker_once() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from report.conftest import made, row
 
-from sweeper.report.reference import length, published, reference_table, verdict
+from sweeper.report.configurations import Spread
+from sweeper.report.reference import length, published, reference_table, spread_cell, verdict
 
 
 def reference(*trials: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +167,22 @@ def test_a_large_gap_is_marked_and_says_which_way() -> None:
         "max_val_accuracy": "",
         "parameters": "",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text"),
+    [
+        ("min_train_loss", (3e-5, 9e-5, 2e-5), "4.67e-5 ± 3.79e-5"),
+        ("test_loss", (123456.7, 99000.0, 150000.0), "1.24e5 ± 2.55e4"),
+        ("test_loss", (1e-7, 1e-7), "1e-7 ± 0"),
+        ("test_loss", (0.5, 0.7), "0.6000 ± 0.1414"),
+        ("mean_seconds", (0.02, 0.04), "0.03 ± 0.01"),
+    ],
+)
+def test_a_deviation_is_written_as_its_mean_is(
+    name: str, values: tuple[float, ...], text: str
+) -> None:
+    assert spread_cell(name, Spread.of(values)).text == text
 
 
 def test_the_verdict_is_one_sentence() -> None:

@@ -44,6 +44,10 @@ def test_a_difference_has_its_sign(value: float | None, text: str) -> None:
     assert wording.signed("test_accuracy", value) == text
 
 
+def test_an_infinite_difference_has_its_sign() -> None:
+    assert wording.signed("test_loss", math.inf) == "+∞"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
