@@ -30,6 +30,7 @@ from sweeper.report.wording import (
 from sweeper.study.spec import StudySpec
 
 NOT_RUN = "not run"
+_AWAITED = frozenset({"waiting", "running"})
 _UNSAID = "test_accuracy"
 """What is shown of rows that were published in words only."""
 
@@ -129,7 +130,7 @@ def _state(config: Configuration | None) -> str:
     if config.complete:
         return "measured"
     last = config.rows[-1]
-    if last.state in {"waiting", "running"}:
+    if last.state in _AWAITED:
         return last.state
     return (last.outcome or last.state).replace("_", " ")
 
@@ -144,7 +145,8 @@ def verdict(rows: list[Published], length: str = "") -> str:
         none = f"None of {plural(len(rows), 'published row')} has been"
         if all(row.state == NOT_RUN for row in rows):
             return f"{none} run; launch --reference runs them."
-        return f"{none} measured yet."
+        awaited = any(row.state in _AWAITED for row in rows)
+        return f"{none} measured yet." if awaited else f"{none} measured."
     said = f"{len(done)} of {plural(len(rows), 'published row')} measured"
     said += f" after {length}" if length else ""
     for name in _order(rows):

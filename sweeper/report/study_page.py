@@ -16,7 +16,7 @@ from sweeper.report.blocks import Block, Facts, Folded, Page, Section, Tables, T
 from sweeper.report.collect import Say, StudyData, provenance, silent
 from sweeper.report.leaderboard import all_trials, leaderboard
 from sweeper.report.reference import length, published, reference_table, verdict
-from sweeper.report.summary import asked, best_configuration, headline, tiles
+from sweeper.report.summary import asked, best_configuration, headline, none_completed, tiles
 from sweeper.report.wording import plural
 from sweeper.settings import Settings
 
@@ -109,7 +109,7 @@ def _first(data: StudyData) -> Iterable[Block]:
 def _leaderboard(data: StudyData) -> Iterable[Block]:
     table = leaderboard(data)
     if not table.rows:
-        yield Text(text="No trial has completed yet.")
+        yield Text(text=none_completed(data.now))
         return
     yield Tables(table=table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -20,8 +21,9 @@ from sweeper.report.wording import (
     value,
 )
 from sweeper.space import Parameter, Values
-from sweeper.store import TrialRow
+from sweeper.store import Standing, TrialRow
 from sweeper.store.view import STATES
+from sweeper.study.spec import StudySpec
 
 _LISTED: Final = 12
 _IN_HEADLINE: Final = 4
@@ -33,8 +35,7 @@ def headline(data: StudyData) -> str:
     ranked = data.ranked
     if not ranked:
         failed = next((row.error for row in now.rows if row.error), None)
-        said = "No trial has completed"
-        return f"{said}: {last_line(failed)}" if failed else f"{said} yet."
+        return f"No trial has completed: {last_line(failed)}" if failed else none_completed(now)
     best = ranked[0]
     objective = now.spec.objective[0]
     reached = best.objective()
@@ -50,6 +51,15 @@ def headline(data: StudyData) -> str:
         return f"{what}: {scores}.{pending}"
     unit = "values" if len(data.factors) == 1 else "configurations"
     return f"{what} is the best of {len(ranked)} {unit}: {scores}.{_near(ranked)}{pending}"
+
+
+def none_completed(now: Standing) -> str:
+    """That there is no result, and of a study that is over how its trials ended instead."""
+    if not now.rows or not now.over:
+        return "No trial has completed yet."
+    ends = Counter(row.outcome or row.state for row in now.rows if row.state != "retried")
+    listed = ", ".join(f"{count} {end.replace('_', ' ')}" for end, count in ends.most_common())
+    return f"No trial has completed: {listed}."
 
 
 def _near(ranked: Sequence[Configuration]) -> str:
@@ -139,13 +149,23 @@ def asked(data: StudyData) -> Facts:
     if enough := search.stop.model_dump(exclude_none=True):
         facts.append(("enough", tuple(f"{name}: {value(each)}" for name, each in enough.items())))
     for name in ("data", "model", "optimizer", "train"):
-        said = _section(sections[name], prefix=name, skip=set(spec.parameters))
-        searched = any(path.startswith(f"{name}.") for path in spec.parameters)
-        facts.append((name, (said or ("all of it is searched" if searched else "defaults"),)))
+        facts.append((name, (_fixed(spec, name, sections[name]),)))
     if spec.reference is not None:
         many = plural(len(spec.reference.trials), "row")
         facts.append(("published", (f"{spec.reference.source}, {many}",)))
     return Facts(title="Asked", facts=tuple(facts))
+
+
+def _fixed(spec: StudySpec, name: str, section: Mapping[str, Any]) -> str:
+    """What a section of the study file holds fast, its kind even where that is the default one."""
+    if name in spec.parameters:
+        return "searched"
+    kind = getattr(getattr(spec, name), "name", None)
+    if kind is not None:
+        section = {"name": f"{kind} by default", **section}
+    said = _section(section, prefix=name, skip=set(spec.parameters))
+    searched = any(path.startswith(f"{name}.") for path in spec.parameters)
+    return said or ("defaults, but for what is searched" if searched else "defaults")
 
 
 def _space(parameter: Parameter) -> str:

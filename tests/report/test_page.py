@@ -223,12 +223,38 @@ def test_the_headline_says_whom_the_seeds_hardly_tell_from_the_best() -> None:
     assert "within" not in said(0.7)
 
 
-def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched() -> None:
-    said = dict(asked(made(row(0, accuracy=0.5))).facts)
-    assert said["optimizer"] == ("defaults",)
-    parameters = {"optimizer.lr": [0.1, 0.2]}
-    said = dict(asked(made(row(0, accuracy=0.5), parameters=parameters)).facts)
-    assert said["optimizer"] == ("all of it is searched",)
+@pytest.mark.parametrize(
+    ("sections", "section", "text"),
+    [
+        ({}, "optimizer", "adam by default"),
+        ({"optimizer": {"lr": 0.1}}, "optimizer", "adam by default, lr 0.1"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer", "sgd"),
+        ({"parameters": {"optimizer.lr": [0.1, 0.2]}}, "optimizer", "adam by default"),
+        (
+            {"parameters": {"optimizer.name": ["sgd", "adam"]}},
+            "optimizer",
+            "defaults, but for what is searched",
+        ),
+        ({"parameters": {"model": ["mlp", {"name": "mlp", "width": 8}]}}, "model", "searched"),
+        ({}, "train", "defaults"),
+        ({"parameters": {"train.seed": [0, 1]}}, "train", "defaults, but for what is searched"),
+    ],
+)
+def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched(
+    sections: dict[str, Any], section: str, text: str
+) -> None:
+    said = dict(asked(made(row(0, accuracy=0.5), **sections)).facts)
+    assert said[section] == (text,)
+
+
+def test_a_study_that_is_over_does_not_promise_a_result() -> None:
+    diverged = row(0, state="pruned", outcome="diverged")
+    crashed = row(1, state="failed", outcome="out_of_memory")
+    assert headline(made()) == "No trial has completed yet."
+    assert headline(made(diverged, row(1, state="running"))) == "No trial has completed yet."
+    assert headline(made(diverged, diverged, crashed, row(2, state="retried"))) == (
+        "No trial has completed: 2 diverged, 1 out of memory."
+    )
 
 
 def test_epochs_of_several_objectives_are_the_trackers() -> None:

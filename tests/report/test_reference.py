@@ -202,6 +202,10 @@ def test_the_verdict_is_one_sentence() -> None:
     assert "Measured after" not in reference_table(none, published(none)).note
     begun = made(row(0, params={"optimizer.lr": 0.1}, state="running"), **sections)
     assert verdict(published(begun)) == "None of 3 published rows has been measured yet."
+    over = made(
+        row(0, params={"optimizer.lr": 0.1}, state="failed", outcome="diverged"), **sections
+    )
+    assert verdict(published(over)) == "None of 3 published rows has been measured."
     two = made(
         row(0, params={"optimizer.lr": 0.1}, accuracy=0.48),
         row(1, params={"optimizer.lr": 0.2}, accuracy=0.51),
