@@ -200,9 +200,9 @@ def _in_order(choices: list[Any]) -> list[Any]:
 
 def _most_important(study: optuna.Study) -> list[str]:
     """The parameters that matter most: a contour of twenty would show nothing."""
-    _several(study)
+    several = _several(study)
     found = optuna.importance.get_param_importances(study, evaluator=_evaluator(study))
-    names = list(found)[:_CONTOUR_AT_MOST]
+    names = [name for name in found if name in several][:_CONTOUR_AT_MOST]
     if len(names) < 2:
         raise ValueError("a contour needs two parameters that every trial has")
     return names
@@ -220,7 +220,16 @@ def _evaluator(study: optuna.Study) -> optuna.importance.BaseImportanceEvaluator
     return optuna.importance.PedAnovaImportanceEvaluator()
 
 
-def _several(study: optuna.Study) -> None:
-    """Raises ValueError for a study of one parameter, which explains everything."""
-    if len({name for trial in study.get_trials(deepcopy=False) for name in trial.params}) < 2:
+def _several(study: optuna.Study) -> set[str]:
+    """The parameters that completed trials had several values of.
+
+    Raises ValueError where there is one, which explains everything.
+    """
+    seen: dict[str, set[Any]] = {}
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+        for name, each in trial.params.items():
+            seen.setdefault(name, set()).add(each)
+    varied = {name for name, values in seen.items() if len(values) > 1}
+    if len(varied) < 2:
         raise ValueError("the figure needs two parameters")
+    return varied

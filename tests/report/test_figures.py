@@ -84,6 +84,27 @@ def test_a_seed_is_no_parameter_and_one_parameter_explains_everything(home: Home
     assert axes == ["val accuracy", "patch"]
 
 
+def test_a_parameter_of_one_value_is_no_side_of_a_contour(tmp_path: Any) -> None:
+    """Searched are a constant and a range; a second range is worth a figure of those two."""
+    lone = {"optimizer.lr": [0.01], "optimizer.weight_decay": {"low": 0.0, "high": 0.1}}
+
+    def drawn(folder: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / folder).mkdir()
+        data = finished(
+            tmp_path / folder,
+            ACCURACIES,
+            search={"trials": 4, "sampler": "random"},
+            parameters=parameters,
+        )
+        return {figure.name: figure.spec for figure in optuna_figures(data)}
+
+    assert not drawn("one", lone).keys() & {"contour", "rank", "param_importances"}
+    two = drawn("two", {**lone, "train.batch_size": {"low": 10, "high": 99}})
+    axes = [two["contour"]["layout"][axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+    assert sorted(axes) == ["batch size", "weight decay"]
+    assert "param_importances" in two
+
+
 def test_hostile_values_are_text_in_every_figure(tmp_path: Any) -> None:
     link = '<a href="http://evil.example">click</a>'
     data = finished(
