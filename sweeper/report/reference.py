@@ -224,7 +224,7 @@ def reference_table(data: StudyData, rows: list[Published]) -> Table:
 def _note(spec: StudySpec, rows: list[Published]) -> str:
     """What the table's marks mean, and how long was trained, as far as there are any."""
     done = [row for row in rows if row.state == "measured"]
-    marked = [_MARKED] if any(row.compared for row in done) else []
+    marked = [_MARKED] if any(each.tone for row in done for each in row.compared.values()) else []
     return " ".join([*marked, *([f"Measured after {length(spec, rows)}."] if done else [])])
 
 

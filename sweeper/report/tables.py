@@ -19,6 +19,8 @@ from sweeper.report.wording import NOTHING
 from sweeper.store import Standing, TrialRow
 
 Tone = Literal["", "good", "bad", "best", "muted"]
+_MARKED: Final = frozenset({"good", "bad"})
+"""Tones that are colours on a page and bold type in print."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,11 +132,16 @@ def table_markdown(table: Table) -> str:
         "",
         _piped(heads),
         _piped(["---:" if column.numeric else ":---" for column in table.columns]),
-        *(_piped([markdown(cell.text) for cell in row]) for row in table.rows),
+        *(_piped([_markdown_cell(cell) for cell in row]) for row in table.rows),
     ]
     if table.note:
         lines += ["", markdown(table.note)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = markdown(cell.text)
+    return f"**{text}**" if cell.tone in _MARKED else text
 
 
 def _piped(cells: Sequence[str]) -> str:
@@ -158,13 +165,18 @@ def table_latex(table: Table) -> str:
         r"    \toprule",
         *(f"    {line}" for line in _latex_heads(table)),
         r"    \midrule",
-        *(f"    {' & '.join(_latex(cell.text) for cell in row)} \\\\" for row in table.rows),
+        *(f"    {' & '.join(map(_latex_cell, row))} \\\\" for row in table.rows),
         r"    \bottomrule",
         r"  \end{tabular}}",
     ]
     if table.note:
         lines.append(rf"  \par\smallskip {_latex(table.note)}")
     return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _latex(cell.text)
+    return rf"\textbf{{{text}}}" if cell.tone in _MARKED else text
 
 
 def _latex_heads(table: Table) -> Iterator[str]:
@@ -183,7 +195,17 @@ def _latex_heads(table: Table) -> Iterator[str]:
 
 
 LATEX_PACKAGES: Final = ("booktabs", "graphicx")
+_GREEK: Final = (
+    *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"),
+    *("lambda", "mu", "nu", "xi", "pi", "rho", "varsigma", "sigma", "tau", "upsilon", "phi"),
+    *("chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma"),
+    *("Upsilon", "Phi", "Psi", "Omega", "mu"),
+)
 _LATEX: Final = {
+    **{
+        letter: rf"$\{name}$"
+        for letter, name in zip("αβγδεζηθικλμνξπρςστυφχψωΓΔΘΛΞΠΣΥΦΨΩµ", _GREEK, strict=True)
+    },
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -204,6 +226,7 @@ _LATEX: Final = {
     "≈": r"$\approx$",
     "≤": r"$\leq$",
     "≥": r"$\geq$",
+    "→": r"$\to$",
     **{character: f"\\{character}" for character in "{}$&#_%"},
 }
 
@@ -214,6 +237,15 @@ def _latex(text: str) -> str:
     A bracket or star that begins a row would be taken for an argument of the break before it.
     """
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+_SET: Final = {*map(chr, range(0xA0, 0x180)), *"—‘’“”•"} - {*"«»ÐÞðþĄąĐđĘęĦħĮįĸĿŀŉŊŋŦŧŲųſ"}
+"""What pdfLaTeX sets without a further package, beside ASCII."""
+
+
+def beyond_latex(source: str) -> str:
+    """The characters of a LaTeX source that pdfLaTeX may not set, each once."""
+    return "".join(sorted({each for each in source if not each.isascii()} - _SET))
 
 
 def columns(now: Standing) -> tuple[list[str], list[str]]:

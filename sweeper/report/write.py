@@ -19,6 +19,7 @@ from sweeper.report.study_page import study_page
 from sweeper.report.tables import (
     LATEX_PACKAGES,
     Table,
+    beyond_latex,
     table_csv,
     table_latex,
     table_markdown,
@@ -90,10 +91,18 @@ def table_files(found: Sequence[Table]) -> dict[str, str]:
     short = [_first_rows(table) for table in found]
     return {
         "table.md": "\n".join(map(table_markdown, short)),
-        "table.tex": f"% needs \\usepackage{{{','.join(LATEX_PACKAGES)}}}\n"
-        + "\n".join(map(table_latex, short)),
+        "table.tex": _latex_file(short),
         **{f"{table.name}.csv": table_csv(table) for table in found},
     }
+
+
+def _latex_file(tables: Sequence[Table]) -> str:
+    """All tables, under what a document must have for them."""
+    text = "\n".join(map(table_latex, tables))
+    needs = f"% needs \\usepackage{{{','.join(LATEX_PACKAGES)}}}\n"
+    if unknown := beyond_latex(text):
+        needs += f"% pdfLaTeX may lack these; LuaLaTeX needs a font that has them: {unknown}\n"
+    return needs + text
 
 
 def _first_rows(table: Table) -> Table:

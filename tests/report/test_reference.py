@@ -160,7 +160,9 @@ def test_a_large_gap_is_marked_and_says_which_way() -> None:
             }
         ),
     )
-    compared = published(data)[0].compared
+    rows = published(data)
+    assert reference_table(data, rows).note.startswith("Marked: ")
+    compared = rows[0].compared
     assert {name: each.tone for name, each in compared.items()} == {
         "test_accuracy": "bad",
         "test_loss": "good",
@@ -215,6 +217,14 @@ def test_the_verdict_is_one_sentence() -> None:
         "2 of 3 published rows measured; test accuracy differs by −2.0 to +1.0 points, "
         "1.5 on average."
     )
+
+
+def test_marks_are_explained_only_where_there_are_any() -> None:
+    data = made(
+        row(0, accuracy=0.79),
+        reference=reference({"params": {}, "reported": {"test_accuracy": 0.8}}),
+    )
+    assert "Marked" not in reference_table(data, published(data)).note
 
 
 def test_the_verdict_on_a_shortened_study_says_so() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from sweeper.report.tables import (
     Cell,
     Column,
     Table,
+    beyond_latex,
     table_csv,
     table_latex,
     table_markdown,
     trials_csv,
 )
+from sweeper.report.write import table_files
 
 TABLE = Table(
     name="small",
@@ -86,14 +89,20 @@ def test_latex_has_groups_over_columns_and_escapes_what_it_would_read() -> None:
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles_and_is_no_wider_than_the_page(tmp_path: Path) -> None:
     """Whatever stands in a cell, at the start of a row as well, and however many columns."""
-    nasty = ['[1pt] "q"', "* a", "a_b % & # $ {x} ^ ~ \\ < > | ` ' ± − – ∞ … × ≈ ≤ ≥ é"]
+    nasty = [
+        '[1pt] "q"',
+        "* a, łódź, Škoda",
+        "a_b % & # $ {x} ^ ~ \\ < > | ` ' ± − – ∞ … × ≈ ≤ ≥ é → — ’",
+        "β-VAE, Ω µ αβγδεζηθικλμνξπρςστυφχψωΓΔΘΛΞΠΣΥΦΨ",
+    ]
     table = Table(
         name="t",
-        caption=nasty[-1],
-        columns=tuple(Column(title=nasty[-1], group="g_1" * (n > 2)) for n in range(12)),
-        rows=tuple((Cell(text=text),) * 12 for text in nasty),
+        caption=nasty[2],
+        columns=tuple(Column(title=nasty[2], group="g_1" * (n > 2)) for n in range(12)),
+        rows=tuple((Cell(text=text), *(Cell(text=text, tone="bad"),) * 11) for text in nasty),
         note=nasty[-1],
     )
+    assert beyond_latex(table_latex(table)) == ""
     source = tmp_path / "page.tex"
     source.write_text(
         f"\\documentclass{{article}}\\usepackage{{{','.join(LATEX_PACKAGES)}}}\n"
@@ -111,6 +120,28 @@ def test_latex_compiles_and_is_no_wider_than_the_page(tmp_path: Path) -> None:
     assert ended.returncode == 0, log[-2000:]
     assert "LaTeX Error" not in log
     assert "Overfull \\hbox" not in log
+
+
+def test_the_file_of_latex_names_the_letters_that_pdflatex_may_lack() -> None:
+    def head(note: str) -> list[str]:
+        lines = table_files([replace(TABLE, note=note)])["table.tex"].splitlines()
+        return [line for line in lines if line.startswith("%")]
+
+    packages = r"% needs \usepackage{booktabs,graphicx}"
+    assert head("β, é, łódź — 100 %") == [packages]
+    lacking = "% pdfLaTeX may lack these; LuaLaTeX needs a font that has them: Ж中"
+    assert head("中Ж, β, 中") == [packages, lacking]
+
+
+def test_what_a_page_marks_with_a_colour_is_bold_in_print() -> None:
+    cells = (
+        Cell(text="+0.1", tone="good"),
+        Cell(text="a*", tone="bad"),
+        Cell(text="–", tone="muted"),
+    )
+    table = replace(TABLE, columns=tuple(Column(title=name) for name in "abc"), rows=(cells,))
+    assert "| **+0.1** | **a\\*** | – |" in table_markdown(table)
+    assert r"\textbf{+0.1} & \textbf{a{*}} & -- \\" in table_latex(table)
 
 
 def test_csv_has_values_and_a_column_for_standard_deviations() -> None:
