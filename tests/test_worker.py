@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worker_bench import Bench
 
+from sweeper.checkpoints import TrialCheckpoints
 from sweeper.errors import DataNotFoundError
 from sweeper.measurement import EPOCH_METRICS, FINAL_METRICS, Measurement
 from sweeper.store import (
@@ -156,16 +158,50 @@ def numbers(found: Bench) -> tuple[object, ...]:
     return row.values, dict(row.history), metrics, epochs, run.files
 
 
+def at_every_epoch(
+    found: Bench, monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]
+) -> None:
+    """Call ``act`` with the number of an epoch of the first trial once it is begun."""
+    from sweeper.training.inputs import Order
+
+    batches = Order.batches
+
+    def beginning(order: Order) -> object:
+        act(len(found.tracker.runs["small/0"].metrics.get("val_loss", {})) + 1)
+        return batches(order)
+
+    monkeypatch.setattr(Order, "batches", beginning)
+
+
+def keep_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints after every epoch, however long copying and the disk take."""
+    write = TrialCheckpoints.write
+
+    def whole(kept: TrialCheckpoints, *args: Any) -> None:
+        write(kept, *args)
+        kept.wait()
+
+    monkeypatch.setattr(TrialCheckpoints, "write", whole)
+    monkeypatch.setattr(TrialCheckpoints, "due", lambda *_: True)
+
+
 @pytest.mark.parametrize("ended_by", ["signal", "grace", "loss"])
 def test_a_broken_trial_gives_the_numbers_of_one_never_broken(
-    tmp_path: Path, ended_by: str
+    tmp_path: Path, ended_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Bench(tmp_path / "whole", **HARD)
     whole.worker.run()
 
-    faults = {"checkpoint_s": 0, "grace_s": 0 if ended_by == "grace" else 30}
-    broken = Bench(tmp_path / "broken", **HARD, faults=faults)
+    broken = Bench(
+        tmp_path / "broken", **HARD, faults={"grace_s": 0 if ended_by == "grace" else 30}
+    )
     original = broken.tracker.log
+    begun: list[int] = []
+
+    def begin(epoch: int) -> None:
+        begun.append(epoch)
+        if ended_by == "grace" and begun == [1, 2, 3, 4, 5]:  # the fifth is then repeated
+            broken.signals.stop()
 
     def log(key: str, metrics: dict[str, float], step: int, timestamp_ms: int) -> None:
         original(key, metrics, step, timestamp_ms)
@@ -177,28 +213,21 @@ def test_a_broken_trial_gives_the_numbers_of_one_never_broken(
         elif ended_by == "signal":
             broken.signals.stop()
 
+    at_every_epoch(broken, monkeypatch, begin)
+    keep_every_epoch(monkeypatch)
     broken.tracker.log = log  # type: ignore[method-assign]
-    if ended_by == "grace":  # in the middle of the fifth epoch, which is then repeated
-        from sweeper.training.inputs import Order
-
-        batches, epochs = Order.batches, iter(range(1, 100))
-
-        def stopping(order: Order) -> object:
-            if next(epochs) == 5:
-                broken.signals.stop()
-            return batches(order)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Order, "batches", stopping)
-            broken.worker.run()
-    else:
-        broken.worker.run()
+    broken.worker.run()
     if ended_by != "loss":
+        first = list(begun)
+        assert first == ([1, 2, 3, 4] if ended_by == "signal" else [1, 2, 3, 4, 5])
+        assert sorted(broken.tracker.runs["small/0"].metrics["val_loss"]) == [1, 2, 3, 4]
         assert broken.now.rows[0].state == "waiting"
-        assert list((tmp_path / "broken/checkpoints").rglob("*.ckpt"))
+        kept = [file.name for file in (tmp_path / "broken/checkpoints").rglob("*.ckpt")]
+        assert max(kept) == "epoch-000004.ckpt"
         broken.signals.count = 0
         broken.tracker.log = original  # type: ignore[method-assign]
         broken.worker.run()
+        assert begun == [*first, 5, 6]
 
     run = broken.tracker.runs["small/0"]
     assert "after epoch" in run.tags["sweeper.resumed"]
