@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,41 @@ def test_a_broken_trial_gives_the_numbers_of_one_never_broken(
     assert sorted(run.metrics["val_loss"]) == [1, 2, 3, 4, 5, 6]
     assert numbers(broken) == numbers(whole)
     assert not list((tmp_path / "broken/checkpoints").rglob("*.ckpt"))
+
+
+def test_the_time_of_a_broken_trial_counts_from_its_first_attempt(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, now = bench(search={"trials": 1}), time.time
+    original = found.tracker.log
+
+    def log(key: str, metrics: object, step: int, timestamp_ms: int) -> None:
+        monkeypatch.setattr(time, "time", lambda: now() + 1000)
+        found.signals.stop()
+
+    found.tracker.log = log  # type: ignore[method-assign]
+    found.worker.run()
+    found.tracker.log = original  # type: ignore[method-assign]
+    found.signals.count = 0
+    found.worker.run()
+    row = found.now.rows[0]
+    assert (row.outcome, row.attempt) == ("completed", 2)
+    assert 1000 < (row.seconds or 0) < 2000
+
+
+@pytest.mark.parametrize("at", ["best", "last"])
+def test_a_value_and_the_best_epoch_are_the_objectives(
+    bench: Callable[..., Bench], at: str
+) -> None:
+    """Of a loss that is to be as high as it can, the first epoch is the best one."""
+    found = bench(
+        objective={"metric": "val_loss", "direction": "maximize", "at": at}, search={"trials": 1}
+    )
+    found.worker.run()
+    row = found.now.rows[0]
+    assert row.history[1] == max(row.history.values()) > row.history[3]
+    assert row.values == (row.history[1 if at == "best" else 3],)
+    assert row.metrics["best_epoch"] == 1
 
 
 def test_a_cancelled_study_ends_trials_at_the_next_epoch(bench: Callable[..., Bench]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.service.board import Board
+from sweeper.service.finish import Finished, Finishing
 from sweeper.service.watch import Finisher, Watch
 from sweeper.settings import Settings
 from sweeper.store import (
@@ -185,6 +186,29 @@ def test_what_is_seen_is_on_the_board(bench: Callable[[], Bench]) -> None:
     found.watch.look()
     assert found.board.trouble == ""
     assert [tally.counts["waiting"] for tally in found.board.snapshot.tallies] == [3]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_the_end_of_a_study_removes_its_checkpoints(
+    bench: Callable[[], Bench], monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    """Not those of a stopped one, which may go on."""
+    monkeypatch.setattr(Finishing, "finish", lambda *_: Finished(page=None))
+    found = bench()
+    study, other = found.add("one", trials=1), found.add("other")
+    left, others = (
+        Path(found.watch.settings.checkpoints) / each.identity / "000000/epoch-000001.ckpt"
+        for each in (study, other)
+    )
+    for file in (left, others):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    if over:
+        found.end(study, Outcome.COMPLETED)
+    else:
+        studies.ask(found.store, study.id, Control.STOP)
+    assert found.watch._finish(study)
+    assert (left.exists(), others.exists()) == (not over, True)
 
 
 def test_a_study_that_cannot_be_finished_now_is_tried_later(tmp_path: Path) -> None:

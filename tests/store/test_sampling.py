@@ -92,6 +92,57 @@ def test_tpe_finds_the_better_region(spec: Make) -> None:
     assert sum(late) < 0.75 * sum(early)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("tpe", "startup_trials"),
+        ("gp", "startup_trials"),
+        ("cmaes", "startup_trials"),
+        ("nsga2", "population"),
+    ],
+)
+def test_so_many_trials_are_drawn_at_random_first(spec: Make, name: str, option: str) -> None:
+    def points(sampler: object) -> list[dict[str, object]]:
+        found = spec(search={"sampler": sampler, "trials": 6, "seed": 1}, parameters=SPACE)
+        return [trial.params for trial in run(found, 6).trials]
+
+    drawn, random = points({"name": name, option: 3}), points("random")
+    assert drawn[:3] == random[:3]
+    assert drawn[3:] != random[3:]
+
+
+def test_tpe_keeps_away_from_what_is_running(spec: Make) -> None:
+    found = spec(search={"sampler": {"name": "tpe", "startup_trials": 8}, "trials": 28})
+
+    def distance(running: int) -> float:
+        """From the best point so far to the next ones, while others train at that very point."""
+        study = run(found, 12)
+        best = study.best_trial
+        twin = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=best.params,
+            distributions=best.distributions,
+        )
+        study.add_trials([twin] * running)
+        total = 0.0
+        for number in range(12, 20):
+            study.sampler = sampling.sampler(found, number)
+            trial = study.ask()
+            rate = sampling.draw(found, trial)["optimizer.lr"]
+            total += abs(math.log10(rate / best.params["optimizer.lr"]))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return total
+
+    assert distance(running=8) > 1.5 * distance(running=0)
+
+
+def test_qmc_spreads_evenly(spec: Make) -> None:
+    """One of 16 points in each sixteenth; the trial before them is drawn without a sequence."""
+    study = run(spec(search={"sampler": "qmc", "trials": 17}), 17)
+    rates = [trial.params["optimizer.lr"] for trial in study.trials[1:]]
+    assert sorted(int((math.log10(rate) + 4) / 3 * 16) for rate in rates) == list(range(16))
+
+
 def prunes(spec: StudySpec, curves: list[list[float]]) -> list[int | None]:
     """The epoch after which each curve is pruned, or None."""
     study = optuna.create_study(
@@ -138,6 +189,20 @@ def test_every_pruner_ends_the_bad_trial_and_keeps_good_ones(
     if pruner["name"] in {"median", "patient", "threshold"}:
         assert len(pruned) == 4
         assert ends[:9] == [None] * 9
+
+
+@pytest.mark.parametrize(("epochs", "rungs"), [(5, {3}), (27, {3, 9, None})])
+def test_brackets_reach_to_the_full_number_of_epochs(
+    spec: Make, epochs: int, rungs: set[int | None]
+) -> None:
+    """Trials each worse than all before end at the first rung of their brackets."""
+    found = spec(
+        search={"trials": 40, "pruner": {"name": "hyperband", "min_epochs": 3}},
+        train={"epochs": epochs},
+    )
+    ends = prunes(found, [[-float(number)] * epochs for number in range(40)])
+    assert ends[0] is None
+    assert set(ends[1:]) == rungs
 
 
 def test_no_pruner_never_prunes(spec: Make) -> None:
