@@ -127,15 +127,22 @@ def test_deleting_leaves_nothing(place: str) -> None:
     kept.delete()
 
 
-def test_how_often_is_limited_by_epochs_and_by_time(tmp_path: Path) -> None:
+def test_how_often_is_limited_by_epochs_and_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [epoch for epoch in range(1, 8) if opened(tmp_path, every=3).due(epoch)] == [3, 6]
     assert not any(opened(tmp_path, every=0).due(epoch) for epoch in range(1, 8))
-    slow = opened(tmp_path, at_most_s=0.3)
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    slow = opened(tmp_path, at_most_s=10)
     assert not slow.due(1)
-    time.sleep(0.35)
+    now += 10
     assert slow.due(2)
     write(slow, 2)
+    now += 9
     assert not slow.due(3)
+    now += 1
+    assert slow.due(3)
 
 
 def test_nobody_waits_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

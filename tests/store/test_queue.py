@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 
 import pytest
 
@@ -113,20 +114,29 @@ def test_the_pruner_knows_what_was_told_a_moment_ago(store: Store, started: Star
         assert held.should_prune(store, study.study, claimed, 1, {1: 0.1})
 
 
-def _work(url: str, name: str, ended: multiprocessing.Queue[int]) -> None:
+def _work(url: str, name: str, together: Barrier, ended: multiprocessing.Queue[int]) -> None:
     store = open_store(url)
     study = studies.load(store, name)
+    together.wait(120)
+    first = True
     while claimed := queue.claim(store, study.id, multiprocessing.current_process().name):
         held.values_of(study.spec, study.study, claimed)
         complete(store, study, claimed)
         ended.put(claimed.number)
+        if first:
+            first = False
+            together.wait(120)
 
 
 def test_eight_processes_end_forty_trials_once_each(store: Store, url: str, started: Start) -> None:
+    """All of them begin at one moment, and none goes on before each of them has had a trial."""
     study = started(search={"trials": 40, "sampler": "random"})
     context = multiprocessing.get_context("spawn")
     ended: multiprocessing.Queue[int] = context.Queue()
-    workers = [context.Process(target=_work, args=(url, study.name, ended)) for _ in range(8)]
+    together = context.Barrier(8)
+    workers = [
+        context.Process(target=_work, args=(url, study.name, together, ended)) for _ in range(8)
+    ]
     for worker in workers:
         worker.start()
     numbers = [ended.get(timeout=120) for _ in range(40)]
@@ -136,7 +146,7 @@ def test_eight_processes_end_forty_trials_once_each(store: Store, url: str, star
     assert ended.empty()
     assert Counter(numbers) == Counter(range(40))
     assert standing(store, study).counts["complete"] == 40
-    assert len({row.worker for row in standing(store, study).rows}) > 1
+    assert len({row.worker for row in standing(store, study).rows}) == 8
 
 
 def test_facts_are_stored_before_the_state(store: Store, started: Start) -> None:
