@@ -34,6 +34,11 @@ ObjectiveMetric = Literal[
 ]
 
 
+def _no_default(schema: dict[str, Any]) -> None:
+    """For the JSON Schema: what stands for a missing field depends on other fields."""
+    del schema["default"]
+
+
 class Objective(Section):
     """What is optimized.
 
@@ -43,7 +48,7 @@ class Objective(Section):
     """
 
     metric: ObjectiveMetric = "val_accuracy"
-    direction: Literal["maximize", "minimize"] = "maximize"
+    direction: Literal["maximize", "minimize"] = Field("maximize", json_schema_extra=_no_default)
     at: Literal["best", "last"] = "best"
 
     @property

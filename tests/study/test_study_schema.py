@@ -134,6 +134,14 @@ def test_names_are_enumerated_for_completion() -> None:
     assert set(augment["anyOf"][0]["enum"]) >= {"crop", "flip"}
 
 
+@pytest.mark.parametrize("metric", SCHEMA["$defs"]["Objective"]["properties"]["metric"]["enum"])
+def test_the_defaults_of_an_objective_are_what_a_file_without_them_gets(metric: str) -> None:
+    objective = loads(json.dumps(small(objective={"metric": metric}))).objective[0]
+    for field, schema in SCHEMA["$defs"]["Objective"]["properties"].items():
+        if field != "metric" and "default" in schema:
+            assert getattr(objective, field) == schema["default"]
+
+
 WORDS = st.sampled_from(["mixer", "mlp", "flip", "cosine", "tpe", "adam", "auto", "0.5C", "a:b"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 99) | st.floats(-1, 2) | WORDS,
