@@ -12,8 +12,6 @@ from typing import Final
 SPEC: Final = "sweeper.spec"
 CONTROL: Final = "sweeper.control"
 CREATED: Final = "sweeper.created"
-EXPERIMENT: Final = "sweeper.experiment"
-TRACKING: Final = "sweeper.tracking"
 STOPPED: Final = "sweeper.stopped"
 FINISHED: Final = "sweeper.finished"
 

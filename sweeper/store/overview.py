@@ -24,7 +24,7 @@ _COUNTED = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-_FACTS = (attr.SPEC, attr.CONTROL, attr.STOPPED, attr.FINISHED)
+_FACTS = (attr.SPEC, attr.CONTROL, attr.FINISHED)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,6 @@ class Tally:
     name: str
     counts: Mapping[str, int]
     control: Control
-    stopped: str
     finished: Any
 
     @property
@@ -86,7 +85,6 @@ def tallies(store: Store) -> list[Tally]:
             name=name,
             counts=counts[study_id],
             control=Control(found.get(attr.CONTROL, Control.RUN)),
-            stopped=found.get(attr.STOPPED, ""),
             finished=found.get(attr.FINISHED),
         )
         for (study_id, name), found in sorted(known.items())

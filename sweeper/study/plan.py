@@ -63,11 +63,6 @@ class Plan:
     parameters: tuple[PlannedParameter, ...]
     notes: tuple[str, ...]
 
-    @property
-    def fuses(self) -> bool:
-        """Whether any two trials may share a cohort."""
-        return not any(parameter.structural for parameter in self.parameters)
-
 
 def plan(spec: StudySpec) -> Plan:
     """The plan of ``spec``, which `sweeper.study.parse.load` has found free of mistakes."""

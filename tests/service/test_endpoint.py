@@ -21,7 +21,7 @@ COUNTS = {"complete": 3, "pruned": 1, "failed": 0, "running": 2, "waiting": 4, "
 
 
 def tally(name: str, control: Control = Control.RUN) -> Tally:
-    return Tally(study_id=1, name=name, counts=COUNTS, control=control, stopped="", finished=None)
+    return Tally(study_id=1, name=name, counts=COUNTS, control=control, finished=None)
 
 
 def worker(name: str, silent_s: float, **known: object) -> WorkerRow:

@@ -39,7 +39,6 @@ reference: {source: r, trials: [{}, {}]}
     assert (blocks.values, blocks.count, blocks.low) == ((1, 2), 2, None)
     assert blocks.when == {"model.skip": (True,)}
     assert [each.structural for each in (rate, blocks, skip)] == [False, True, True]
-    assert not found.fuses
     assert found.notes == ()
 
 
@@ -47,7 +46,7 @@ def test_a_grid_runs_its_points_and_a_list_its_entries() -> None:
     grid = "parameters: {train.seed: {low: 0, high: 4}, optimizer.lr: [0.1, 0.01]}\n"
     found = planned("search: {sampler: grid}\n" + grid)
     assert (found.trials, found.points, found.parameters[0].count) == (10, 10, 5)
-    assert found.fuses
+    assert not any(each.structural for each in found.parameters)
     listed = "reference: {source: r, trials: [{}, {params: {optimizer.lr: 0.1}}]}\n"
     assert planned("search: {sampler: reference}\n" + grid + listed).trials == 2
     assert planned("search: {trials: 1}\n").points == 1
