@@ -72,7 +72,8 @@ def test_every_command_refuses_what_cannot_be_a_store(
     asked = [
         p.name for p in COMMANDS[name].params if p.param_type_name == "argument" and p.required
     ]
-    words = [name, *(str(study) if each == "files" else "small" for each in asked)]
+    given = {"files": str(study), "more": "3"}
+    words = [name, *(given.get(each, "small") for each in asked)]
     said = {url: refusal(*words, "--store", url) for url in MALFORMED}
     assert {url: text for url, text in said.items() if MALFORMED[url] not in text} == {}
     assert [path.name for path in study.parent.iterdir()] == ["study.yaml"]
