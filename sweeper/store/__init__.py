@@ -2,7 +2,7 @@
 
 ``database`` opens it, ``studies`` creates and finds studies, ``tickets`` plans and enqueues trials,
 ``queue`` hands them out and takes them back, ``held`` is what a worker does with one, ``recovery``
-finds the lost and retries, ``sampling`` draws points (``cmaes`` is a sampler of our own),
+finds the lost and retries, ``sampling`` draws points (``samplers`` adapts two of Optuna's),
 ``glance`` counts how a study stands, ``enough`` tells whether that will do, ``view`` lists its
 trials, ``overview`` counts all studies, ``workers`` tells who works on them. ``tables`` and
 ``cache`` read and write Optuna's tables in bulk. ``remote`` and ``proxy`` are the two ends of

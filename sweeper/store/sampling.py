@@ -16,7 +16,7 @@ from optuna.distributions import (
 )
 
 from sweeper.space import Range, Values, encode, nearest, ordered, position
-from sweeper.store.cmaes import CmaEsSampler
+from sweeper.store.samplers import CmaEsSampler, QmcSampler
 from sweeper.study import spec as files
 from sweeper.study.plan import most_epochs
 from sweeper.study.spec import StudySpec
@@ -31,8 +31,8 @@ def trial_seed(seed: int, trial_number: int) -> int:
 def sampler(spec: StudySpec, trial_number: int) -> optuna.samplers.BaseSampler:
     """The study's sampler, seeded for one trial.
 
-    Quasi-Monte Carlo is one sequence, whose position Optuna keeps in the study: it keeps the
-    study's seed.
+    Quasi-Monte Carlo is one sequence, in which a trial has its place: it keeps the study's seed.
+    Parameters with a condition are no part of it, and drawn at random.
     """
     seed = trial_seed(spec.search.seed, trial_number)
     with warnings.catch_warnings():
@@ -55,8 +55,18 @@ def sampler(spec: StudySpec, trial_number: int) -> optuna.samplers.BaseSampler:
             case files.Nsga2(population=population):
                 return optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
             case files.Qmc():
-                return optuna.samplers.QMCSampler(
-                    seed=spec.search.seed, scramble=True, warn_independent_sampling=False
+                always = {
+                    path: distribution(parameter)
+                    for path, parameter in spec.parameters.items()
+                    if not parameter.when
+                }
+                return QmcSampler(
+                    trial_number,
+                    always,
+                    seed=spec.search.seed,
+                    scramble=True,
+                    independent_sampler=optuna.samplers.RandomSampler(seed=seed),
+                    warn_independent_sampling=False,
                 )
             case files.Random() | files.Grid() | files.ReferenceOnly():
                 return optuna.samplers.RandomSampler(seed=seed)

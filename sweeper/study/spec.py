@@ -118,7 +118,10 @@ class Nsga2(Section):
 
 
 class Qmc(Section):
-    """Quasi-Monte Carlo: spreads evenly and looks at no result."""
+    """Quasi-Monte Carlo: spreads evenly and looks at no result.
+
+    Parameters with a condition are drawn at random.
+    """
 
     name: Literal["qmc"]
 

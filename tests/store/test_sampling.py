@@ -137,10 +137,24 @@ def test_tpe_keeps_away_from_what_is_running(spec: Make) -> None:
 
 
 def test_qmc_spreads_evenly(spec: Make) -> None:
-    """One of 16 points in each sixteenth; the trial before them is drawn without a sequence."""
-    study = run(spec(search={"sampler": "qmc", "trials": 17}), 17)
-    rates = [trial.params["optimizer.lr"] for trial in study.trials[1:]]
+    """One of 16 points in each sixteenth."""
+    study = run(spec(search={"sampler": "qmc", "trials": 16}), 16)
+    rates = [trial.params["optimizer.lr"] for trial in study.trials]
     assert sorted(int((math.log10(rate) + 4) / 3 * 16) for rate in rates) == list(range(16))
+
+
+def test_trials_that_are_drawn_at_once_are_other_points_of_the_sequence(spec: Make) -> None:
+    found = spec(search={"sampler": "qmc", "trials": 16})
+    study = optuna.create_study()
+    trials, rates = [], []
+    for number in range(16):
+        study.sampler = sampling.sampler(found, number)
+        trials.append(study.ask())
+    for trial in reversed(trials):  # nobody knows yet what the others drew
+        study.sampler = sampling.sampler(found, trial.number)
+        rates.append(sampling.draw(found, trial)["optimizer.lr"])
+    assert rates[::-1] == [point["optimizer.lr"] for point in sampling.preview(found, 16)]
+    assert len(set(rates)) == 16
 
 
 def prunes(spec: StudySpec, curves: list[list[float]]) -> list[int | None]:

@@ -1,17 +1,19 @@
-"""CMA-ES, whose state lies pickled in the store, read without running what else may lie there.
+"""Optuna's samplers where many workers share a store that others can write to.
 
-Optuna keeps the optimizer with the trials, and its sampler unpickles whatever it finds: who can
-write to the store could have every worker run a program.
+Optuna keeps the optimizer of CMA-ES with the trials, and unpickles whatever it finds there: who can
+write to the store could have every worker run a program. And it counts the points of a quasi-Monte
+Carlo sequence in the study by reading and writing: two that draw at once get one point twice.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 _NUMPY: Final = ("numpy._core.multiarray", "numpy.core.multiarray")
@@ -32,6 +34,28 @@ class _Unpickler(pickle.Unpickler):
                 f"it names {module}.{name}; somebody has changed it"
             )
         return super().find_class(module, name)
+
+
+class QmcSampler(optuna.samplers.QMCSampler):
+    """Optuna's, with the trial's place in the sequence and the space given.
+
+    Optuna reads the space off an earlier trial, and draws the first ones at random.
+    """
+
+    def __init__(self, place: int, space: Mapping[str, BaseDistribution], **options: Any) -> None:
+        super().__init__(**options)
+        self._place = place
+        self._space = {name: options for name, options in space.items() if not options.single()}
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def _find_sample_id(
+        self, study: optuna.Study, search_space: Mapping[str, BaseDistribution]
+    ) -> int:
+        return self._place
 
 
 class CmaEsSampler(optuna.samplers.CmaEsSampler):
