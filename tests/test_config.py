@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from sweeper.config import TrialConfig, shape_of
-from sweeper.config.data import Cifar10, Crop
+from sweeper.config.data import Cifar10, Circles, Crop, Digits, training_images
+from sweeper.data.generated import circles, digits
 
 
 def config(model: dict[str, Any], *augment: dict[str, Any]) -> TrialConfig:
@@ -39,3 +41,28 @@ def test_a_support_vector_machine_takes_whole_images_only() -> None:
     assert config({"name": "svm"}, {"name": "crop"}).model.name == "svm"
     with pytest.raises(ValidationError, match="it is fitted to whole images"):
         config({"name": "svm"}, {"name": "crop", "size": 28})
+
+
+def test_the_training_images_of_generated_data_are_as_many_as_are_generated() -> None:
+    known = Digits(name="digits")
+    assert training_images(known) == len(digits(known, Path()).train.labels)
+    for samples in range(50, 60):
+        drawn = Circles(name="circles", samples=samples)
+        assert training_images(drawn) == len(circles(drawn, Path()).train.labels)
+
+
+@pytest.mark.parametrize(
+    ("data", "images"),
+    [
+        ({"name": "digits", "validation": 1438}, "1,438"),
+        ({"name": "digits", "validation": 0.9999}, "1,438"),
+        ({"name": "mnist", "validation": 50, "limit": 50}, "50"),
+        ({"name": "image_folder", "root": "/none", "validation": 50, "limit": 50}, "50"),
+    ],
+)
+def test_images_must_be_left_to_train_on(data: dict[str, Any], images: str) -> None:
+    model = {"name": "mlp"}
+    with pytest.raises(ValidationError, match=f"of {images} training images"):
+        TrialConfig.model_validate({"data": data, "model": model})
+    fewer = {**data, "validation": 49}
+    assert TrialConfig.model_validate({"data": fewer, "model": model}).data.validation == 49

@@ -11,7 +11,14 @@ from typing import Self
 from pydantic import model_validator
 
 from sweeper.config.base import Section
-from sweeper.config.data import DataConfig, DataShape, shape_of, source_shape
+from sweeper.config.data import (
+    DataConfig,
+    DataShape,
+    held_out,
+    shape_of,
+    source_shape,
+    training_images,
+)
 from sweeper.config.model import ModelConfig, Svm
 from sweeper.config.optimizer import OptimizerConfig
 from sweeper.config.train import TrainConfig
@@ -35,6 +42,16 @@ class TrialConfig(Section):
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _images_are_left_to_train_on(self) -> Self:
+        images, validation = training_images(self.data), self.data.validation
+        if images is not None and held_out(validation, images) >= images:
+            raise ValueError(
+                f"data.validation must leave images to train on, but got {validation} of "
+                f"{images:,} training images"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_fits_data(self) -> Self:

@@ -182,6 +182,33 @@ _SHAPES: dict[str, DataShape] = {
     "kmnist": DataShape(1, 28, 28, 10),
     "cifar10": DataShape(3, 32, 32, 10),
 }
+_TRAINING_IMAGES: dict[str, int] = {
+    "digits": 1438,
+    "mnist": 60_000,
+    "fashion_mnist": 60_000,
+    "kmnist": 60_000,
+    "cifar10": 50_000,
+}
+"""Those held out for validation included."""
+
+
+def training_images(data: DataConfig) -> int | None:
+    """How many images there are to train and validate on; None where only the files tell.
+
+    Of an image folder there are at most as many as ``limit`` keeps.
+    """
+    if isinstance(data, ImageFolder):
+        return data.limit
+    if isinstance(data, Circles):
+        images = data.samples - round(data.samples / 5)
+    else:
+        images = _TRAINING_IMAGES[data.name]
+    return images if data.limit is None else min(images, data.limit)
+
+
+def held_out(validation: int | float, images: int) -> int:
+    """How many of so many training images ``validation``, a number or a share, holds out."""
+    return max(1, round(validation * images)) if validation < 1 else int(validation)
 
 
 def shape_of(data: DataConfig) -> DataShape | None:

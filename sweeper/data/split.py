@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sweeper.config.data import held_out
 from sweeper.data.raw import Labels
 from sweeper.errors import UsageError
 
@@ -61,13 +62,13 @@ def hold_out(
     training image.
     """
     available = len(labels)
-    wanted = max(1, round(validation * available)) if validation < 1 else int(validation)
+    wanted = held_out(validation, available)
     if wanted >= available:
         raise UsageError(
             f"data.validation must be smaller than the number of training images, but "
             f"{validation} of {available} were asked for; lower it, or raise data.limit"
         )
-    held_out, training = stratified(labels, wanted, seed=seed)
+    chosen, training = stratified(labels, wanted, seed=seed)
     counts = np.bincount(labels[training], minlength=len(classes))
     if not counts.all():
         missing = classes[int(np.argmin(counts))]
@@ -76,4 +77,4 @@ def hold_out(
             f"images were held out for validation and none of class {missing!r} is left; "
             f"lower data.validation, or raise data.limit"
         )
-    return training, held_out
+    return training, chosen

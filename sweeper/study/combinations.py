@@ -233,8 +233,12 @@ def _param_path(finding: Finding, point: Point) -> str | None:
 
 
 def _section_path(finding: Finding) -> Path:
-    """Where in the sections a failure lies; a model's own check names its field first."""
+    """Where in the sections a failure lies; a check of several fields names one of them first.
+
+    A field without its section is the model's.
+    """
     if finding.path:
         return finding.path
-    field = finding.message.split(" ", 1)[0]
-    return ("model", field) if field.isidentifier() else (SECTIONS[1],)
+    words = finding.message.split(" ", 1)[0].split(".")
+    path = words if words[0] in SECTIONS else ["model", *words]
+    return tuple(path) if all(word.isidentifier() for word in path) else ("model",)

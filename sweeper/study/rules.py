@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from sweeper.config.data import Circles, DataConfig, ImageFolder
+from sweeper.config.data import ImageFolder
 from sweeper.space import Range, Values, circle, grid_size
 from sweeper.study.cluster import LEAD_S, lead_s
 from sweeper.study.draft import Draft
@@ -18,14 +18,6 @@ MAX_GRID: Final = 100_000
 """The most points a grid may have."""
 BEATS_BEFORE_LOST: Final = 3
 
-_TRAINING_IMAGES: Final = {
-    "digits": 1437,
-    "mnist": 60_000,
-    "fashion_mnist": 60_000,
-    "kmnist": 60_000,
-    "cifar10": 50_000,
-}
-
 
 def rule_mistakes(draft: Draft) -> Iterator[Finding]:
     """Every mistake that lies in no value by itself, but in how sections go together."""
@@ -35,7 +27,7 @@ def rule_mistakes(draft: Draft) -> Iterator[Finding]:
     yield from _pruner_mistakes(draft)
     yield from _fault_mistakes(draft)
     yield from _slurm_mistakes(draft)
-    yield from _data_mistakes(draft)
+    yield from _folder_mistakes(draft)
     yield from _reference_mistakes(draft)
 
 
@@ -202,22 +194,12 @@ def _slurm_mistakes(draft: Draft) -> Iterator[Finding]:
         )
 
 
-def _data_mistakes(draft: Draft) -> Iterator[Finding]:
+def _folder_mistakes(draft: Draft) -> Iterator[Finding]:
     data = draft.spec.data
-    if not draft.sound("data"):
-        return
-    if isinstance(data, ImageFolder):
+    if draft.sound("data") and isinstance(data, ImageFolder):
         for path, root in _roots(draft, data):
             if wrong := folder_mistake(root):
                 yield Finding(path=path, message=wrong)
-        return
-    images = _training_images(data)
-    if images is not None and data.validation >= images:
-        yield Finding(
-            path=("data", "validation"),
-            message=f"must leave images to train on, but got {data.validation} of {images:,} "
-            f"training images",
-        )
 
 
 def _roots(draft: Draft, data: ImageFolder) -> Iterator[tuple[Path, str]]:
@@ -229,14 +211,6 @@ def _roots(draft: Draft, data: ImageFolder) -> Iterator[tuple[Path, str]]:
         for index, root in enumerate(parameter.values):
             if isinstance(root, str):
                 yield ("parameters", "data.root", "values", index), root
-
-
-def _training_images(data: DataConfig) -> int | None:
-    if isinstance(data, Circles):
-        images: int | None = data.samples - data.samples // 5
-    else:
-        images = _TRAINING_IMAGES.get(data.name)
-    return images if images is None or data.limit is None else min(images, data.limit)
 
 
 def _reference_mistakes(draft: Draft) -> Iterator[Finding]:

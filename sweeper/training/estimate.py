@@ -10,20 +10,11 @@ from typing import Final
 import torch
 
 from sweeper.config import DataConfig, DataShape, TrialConfig, shape_of
-from sweeper.config.data import Circles, ImageFolder, source_shape
+from sweeper.config.data import ImageFolder, held_out, source_shape, training_images
 from sweeper.config.model import Svm, Timm
 from sweeper.data import Augment, Dataset, Part, Standardize
 from sweeper.training.device import best_device, resolved
 from sweeper.training.engine import Engine
-
-_IMAGES: Final = {
-    "digits": 1437,
-    "mnist": 60_000,
-    "fashion_mnist": 60_000,
-    "kmnist": 60_000,
-    "cifar10": 50_000,
-}
-"""Training images of the known data sets, those held out for validation included."""
 
 _CUDA_BATCHES: Final = 20
 _QUICK_S: Final = 0.1
@@ -53,8 +44,8 @@ def estimate_s(config: TrialConfig, *, device: torch.device | None = None) -> fl
             if seconds[0] * 8 < _QUICK_S:
                 seconds = _an_image_s(config, shape, device, batch=min(largest, 128), batches=1)
     training_s, validation_s = seconds
-    held_out = _held_out(config.data, images)
-    return config.train.epochs * (training_s * (images - held_out) + validation_s * held_out)
+    validated = min(images, held_out(config.data.validation, images))
+    return config.train.epochs * (training_s * (images - validated) + validation_s * validated)
 
 
 @contextmanager
@@ -89,18 +80,10 @@ def _an_image_s(
 
 def _images(data: DataConfig) -> int:
     """How many images there are to train and validate on; 0 where that is unknown."""
-    if isinstance(data, ImageFolder):
-        images = sum(1 for _ in Path(data.root).expanduser().glob("train/*/*"))
-    elif isinstance(data, Circles):
-        images = data.samples * 4 // 5
-    else:
-        images = _IMAGES[data.name]
+    if not isinstance(data, ImageFolder):
+        return training_images(data) or 0
+    images = sum(1 for _ in Path(data.root).expanduser().glob("train/*/*"))
     return images if data.limit is None else min(images, data.limit)
-
-
-def _held_out(data: DataConfig, images: int) -> int:
-    share = data.validation
-    return min(images, share if isinstance(share, int) else round(share * images))
 
 
 def _without_pretrained_weights(config: TrialConfig) -> TrialConfig:
