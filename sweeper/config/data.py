@@ -6,12 +6,13 @@ that does not divide the image is found in the study file and not by a worker.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sweeper.config.base import Section
 
@@ -167,6 +168,11 @@ class ImageFolder(_Images):
 
     name: Literal["image_folder"]
     root: str = Field(min_length=1)
+
+    @field_validator("root")
+    @classmethod
+    def _one_spelling_a_folder(cls, root: str) -> str:
+        return os.path.normpath(root)
 
 
 DataConfig = Annotated[

@@ -122,10 +122,16 @@ def _with_absolute_root(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(section, dict) and "root" in section:
         section["root"] = _absolute(section["root"])
     parameters = result.get("parameters")
-    parameter = parameters.get("data.root") if isinstance(parameters, dict) else None
-    values = parameter.get("values") if isinstance(parameter, dict) else parameter
-    if isinstance(values, list):
-        values[:] = map(_absolute, values)
+    for path, parameter in parameters.items() if isinstance(parameters, dict) else ():
+        if path == "data.root":
+            values = parameter.get("values") if isinstance(parameter, dict) else parameter
+            if isinstance(values, list):
+                values[:] = map(_absolute, values)
+        when = parameter.get("when") if isinstance(parameter, dict) else None
+        if isinstance(when, dict) and "data.root" in when:
+            options = when["data.root"]
+            listed = isinstance(options, list)
+            when["data.root"] = [*map(_absolute, options)] if listed else _absolute(options)
     reference = result.get("reference")
     trials = reference.get("trials") if isinstance(reference, dict) else None
     for trial in trials if isinstance(trials, list) else ():

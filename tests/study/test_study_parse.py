@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -229,6 +230,43 @@ def test_an_image_folder_is_made_absolute_and_gives_the_shape(
     assert loads(text.replace(repr(root.name), repr(f"~/{root.name}"))).data == spec.data
     found = mistakes(text.replace("{name: mixer}", "{name: mixer, patch: 3}"))
     assert "patch must divide the 8x12 image" in found[0].message
+
+
+def test_a_folder_is_the_same_one_however_its_path_is_spelled(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder()
+    monkeypatch.chdir(root.parent)
+    spec = loads(folder_study(root.name))
+    monkeypatch.chdir(root / "train")
+    assert loads(folder_study(root.name), [f"data.root=../../{root.name}/"]) == spec
+    content = json.loads(spec.stored())
+    content["data"]["root"] = f"{root}/train/.."  # as a study that is in the store already has it
+    assert StudySpec.model_validate_json(json.dumps(content)) == spec
+
+
+def test_conditions_on_a_folder_are_made_absolute_as_its_values_are(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = image_folder().parent
+    for name in ("a", "b"):
+        image_folder().rename(parent / name)
+    monkeypatch.chdir(parent)
+    spec = loads(
+        study(
+            """
+            parameters:
+              data.root: [a, b]
+              model.patch: {values: [2, 4], when: {data.root: b}}
+              model.blocks: {values: [1, 2], when: {data.root: [a, b]}}
+            """,
+            data="data: {name: image_folder, root: a}",
+        )
+    )
+    a, b = str(parent / "a"), str(parent / "b")
+    assert spec.parameters["data.root"] == Values(values=(a, b))
+    assert spec.parameters["model.patch"].when == {"data.root": (b,)}
+    assert spec.parameters["model.blocks"].when == {"data.root": (a, b)}
 
 
 def test_an_image_folder_that_is_not_laid_out_as_one_is_a_mistake(
