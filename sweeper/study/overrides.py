@@ -8,7 +8,9 @@ replacing a value:
 - A field that is a parameter of the study becomes fixed: after ``model.patch=8`` every trial has
   patch 8, ``parameters.model.patch`` is gone, conditions that 8 meets are met, and parameters
   whose conditions it does not meet are gone too. A parameter that holds only under a condition
-  keeps it, with the one value.
+  keeps it, with the one value. The same goes for parameters inside what is set
+  (``model={name: mlp}``), and for a ``name`` whose section is a parameter; anything else inside a
+  parameter cannot be set.
 - Setting a ``name`` to another variant drops the fields that only the former one has.
 - ``parameters.model.patch=null`` removes the parameter; the section's value counts.
 """
@@ -62,9 +64,31 @@ def _apply(root: Node, path: str, value: Node) -> Node:
     section, _, field = path.partition(".")
     if section == "parameters" and value.value is None and field in _items(_parameters(root)):
         return _with_parameters(root, _without(_parameters(root), field))
-    if path in _items(_parameters(root)):
+    known = _items(_parameters(root))
+    outer = next((each for each in known if path.startswith(f"{each}.")), None)
+    if outer is not None and path not in known:
+        if path == f"{outer}.name":
+            return _apply(root, outer, value)
+        raise _CannotSetError(
+            f"nothing can be set inside {outer}, which is a parameter; set {outer} itself, or "
+            f"parameters.{outer}"
+        )
+    inside = [each for each in known if each.startswith(f"{path}.")]
+    for inner in sorted(inside, key=lambda each: (each.count("."), not each.endswith(".name"))):
+        own = _given(value, inner.removeprefix(f"{path}.").split("."))
+        if own is not None and inner in _items(_parameters(root)):  # not excluded by one before it
+            root = _fixed(root, inner, own)
+    if path in known:
         return _fixed(root, path, value)
     return _assigned(root, (), _keys(root, path), value)
+
+
+def _given(value: Node, words: Sequence[str]) -> Node | None:
+    """What ``value`` says at the path ``words`` below it, or None; a text is its own name."""
+    found = value.find(words[:-1])
+    if found is not None and words[-1] == "name" and isinstance(found.value, str):
+        return found
+    return value.find(words)
 
 
 def _items(node: Node | None) -> dict[str, Node]:
@@ -95,16 +119,20 @@ def _fixed(root: Node, path: str, value: Node) -> Node:
     parameters = _parameters(root)
     own = parameters.child(path)
     when = own.child("when") if own is not None else None
-    if when is not None and _items(when):
-        single = replace(value, value=(value,), keys={})
-        entry = mapping({"values": single, "when": when}, {"values": value.place}, value.place)
-        entry = replace(entry, keys={"values": value.place, "when": when.place})
+    when = when if _items(when) else None
+    # The values of a parameter around this one go over whatever the section has here.
+    kept = when is not None or any(path.startswith(f"{each}.") for each in _items(parameters))
+    if kept:
+        entry = replace(value, value=(value,), keys={})
+        if when is not None:
+            keys = {"values": value.place, "when": when.place}
+            entry = mapping({"values": entry, "when": when}, keys, value.place)
         parameters = _with(_without(parameters, path), path, entry)
     else:
         parameters = _without(parameters, path)
         root = _assigned(root, (), path.split("."), value)
     if isinstance(value.value, bool | int | float | str):
-        parameters = _resolved(parameters, path, value, keep=when is not None)
+        parameters = _resolved(parameters, path, value, keep=kept)
     return _with_parameters(root, parameters)
 
 

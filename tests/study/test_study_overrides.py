@@ -134,6 +134,58 @@ def test_a_conditional_parameter_keeps_its_condition_when_fixed() -> None:
     assert "optimizer.beta2" not in loaded("optimizer.momentum=0.5").parameters
 
 
+SCHEDULES = """\
+name: s
+data: {name: digits}
+model: {name: mlp}
+search: {trials: 5}
+parameters:
+  optimizer.schedule: [constant, cosine, exponential]
+  optimizer.schedule.gamma: {values: [0.5, 0.9], when: {optimizer.schedule: exponential}}
+"""
+"""The schedule is a parameter as a whole."""
+NAMES = SCHEDULES.replace("optimizer.schedule:", "optimizer.schedule.name:")
+"""Its name is one."""
+
+
+@pytest.mark.parametrize("text", [SCHEDULES, NAMES], ids=["schedule", "schedule.name"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.schedule=exponential",
+        "optimizer.schedule.name=exponential",
+        "optimizer={lr: 0.2, schedule: exponential}",
+    ],
+)
+def test_a_name_and_what_it_names_are_one_parameter(text: str, override: str) -> None:
+    spec = loads(text, [override])
+    assert spec.parameters == {"optimizer.schedule.gamma": Values(values=(0.5, 0.9))}
+    schedule = spec.trial_config({"optimizer.schedule.gamma": 0.9}).optimizer.schedule
+    assert schedule.model_dump() == {"name": "exponential", "gamma": 0.9}
+
+
+def test_setting_what_holds_parameters_fixes_those_that_the_value_names() -> None:
+    spec = loaded("optimizer={name: momentum, momentum: 0.1}")
+    assert list(spec.parameters) == ["optimizer.lr", "model.blocks"]
+    assert spec.optimizer.model_dump(exclude_unset=True) == {"name": "momentum", "momentum": 0.1}
+    spec = loads(NAMES, ["search.trials=1", "optimizer.schedule={name: exponential, gamma: 0.7}"])
+    assert not spec.parameters
+    assert spec.optimizer.schedule.model_dump() == {"name": "exponential", "gamma": 0.7}
+    models = TEXT.replace("model.blocks: [1", "model.name: [mixer, mlp]\n  model.width: [1")
+    models = models.replace("[1, 2, 4]", "{values: [1, 2], when: {model.name: mlp}}")
+    assert "model.name" in loads(models).parameters
+    spec = loads(models, ["model={name: mixer, patch: 8}"])
+    assert not [path for path in spec.parameters if path.startswith("model")]
+
+
+def test_a_field_inside_a_parameter_stays_one_when_fixed() -> None:
+    """The parameter around it goes over the section."""
+    text = SCHEDULES.replace("[constant, cosine, exponential]", "[exponential]")
+    text = text.replace("{values: [0.5, 0.9], when: {optimizer.schedule: exponential}}", "[0.5, 1]")
+    spec = loads(text, ["search.trials=1", "optimizer.schedule.gamma=0.7"])
+    assert spec.parameters["optimizer.schedule.gamma"] == Values(values=(0.7,))
+
+
 def test_null_removes_a_parameter() -> None:
     spec = loaded("parameters.model.blocks=null", "parameters.optimizer.lr=")
     assert list(spec.parameters) == ["optimizer.name", "optimizer.momentum", "optimizer.beta2"]
@@ -174,7 +226,14 @@ def test_another_name_drops_the_fields_of_the_former_variant() -> None:
             ["train.epochs=2", "train.epochs.x=3"],
             "nothing can be set inside train.epochs, which is ",
         ),
-        (["optimizer.lr.low=3"], "nothing can be set inside optimizer.lr, which is 0.1"),
+        (
+            ["optimizer.lr.low=3"],
+            "which is a parameter; set optimizer.lr itself, or parameters.optimizer.lr",
+        ),
+        (
+            ["parameters.data.augment=[[], [flip]]", "data.augment.1.p=0.2"],
+            "nothing can be set inside data.augment, which is a parameter; set data.augment itself",
+        ),
         (["reference.trials.1.note=x"], "trials is a list, whose entries are 0 to 0, but got '1'"),
         (["reference.trials.first.note=x"], "but got 'first'"),
         (["reference.trials.99999999999999999999.note=x"], "whose entries are 0 to 0"),
