@@ -203,7 +203,7 @@ def _parameter(field: Schema, number: Schema | None) -> Schema:
     ]
     if number is not None:
         number = {key: inner for key, inner in number.items() if key != "description"}
-        step = {"type": "number", "exclusiveMinimum": 0}
+        step = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]}
         bounds = {"low": number, "high": number, "log": {"type": "boolean"}, "step": step}
         forms.append(
             {
