@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sweeper.errors import TrialLostError
 from sweeper.store import Outcome, Store, StoredStudy, held, open_store, queue, tables
 
 Start = Callable[..., StoredStudy]
@@ -109,10 +110,11 @@ def test_a_report_is_what_optuna_itself_would_have_stored(store: Store, started:
     assert found.intermediate_values[1] == 0.5
 
 
-def test_a_report_of_a_trial_that_is_gone_is_refused(store: Store, started: Start) -> None:
+def test_a_report_of_a_trial_that_was_deleted_is_refused(store: Store, started: Start) -> None:
     study = started(search={"trials": 1})
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
     store.storage.delete_study(study.id)
-    with pytest.raises(KeyError, match="no trial has the id"):
+    with pytest.raises(TrialLostError) as error:
         held.report(store, claimed, 1, 0.5)
+    assert "no trial has the id" in str(error.value.__cause__)
