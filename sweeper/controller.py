@@ -87,6 +87,14 @@ def prepare(
     return Prepared(study=study, new=new, enqueued=enqueued)
 
 
+def refuse_if_changed(store: Store, specs: Sequence[StudySpec], *, extend: bool = False) -> None:
+    """Raise as :func:`prepare` does where the store has one of the studies from another spec."""
+    known = set(studies.names(store))
+    for spec in specs:
+        if spec.name in known:
+            _refuse(spec.name, changes(studies.load(store, spec.name).spec, spec), extend=extend)
+
+
 def extend(store: Store, name: str, more: int) -> StoredStudy:
     """Add ``more`` trials to the budget of a study that is there, and enqueue them.
 

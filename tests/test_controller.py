@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from sweeper import controller
-from sweeper.controller import Outage, QuickDeaths, Sweep, prepare, refuse_if_out_of_reach
+from sweeper.controller import (
+    Outage,
+    QuickDeaths,
+    Sweep,
+    prepare,
+    refuse_if_changed,
+    refuse_if_out_of_reach,
+)
 from sweeper.errors import (
     OutOfReachError,
     StoreRefusedError,
@@ -327,6 +334,18 @@ def test_another_file_of_the_same_name_is_refused(
     sweep()
     with pytest.raises(StudyChangedError, match=r"model\.name"):
         prepare(store, StudySpec.model_validate({**SPEC, "model": {"name": "svm"}}))
+
+
+def test_all_files_are_looked_at_before_one_is_begun(
+    sweep: Callable[..., Sweep], store: Store
+) -> None:
+    sweep()
+    new = StudySpec.model_validate({**SPEC, "name": "new"})
+    more = StudySpec.model_validate({**SPEC, "search": {"trials": 13, "sampler": "random"}})
+    with pytest.raises(StudyChangedError, match="--extend"):
+        refuse_if_changed(store, [new, more])
+    refuse_if_changed(store, [new, more], extend=True)
+    assert studies.names(store) == ["study"]
 
 
 def test_a_sweep_that_was_stopped_starts_nobody(sweep: Callable[..., Sweep], store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -17,6 +18,7 @@ from sweeper.errors import UsageError
 from sweeper.settings import Settings, group_name, masked
 
 if TYPE_CHECKING:
+    from sweeper.cli.watching import Caller
     from sweeper.controller import Prepared, Sweep
     from sweeper.launchers import Launcher, LauncherName
     from sweeper.store import Standing, Store, StoredStudy
@@ -91,22 +93,36 @@ def launch(
         detached=detach,
         until=math.inf if hours is None else time.monotonic() + hours * 3600,
     )
-    if detach:
-        for spec in specs:
-            _detach(spec, settings, how)
-        return
-    results = [_run(specs[0], settings, how)]
-    for spec in specs[1:]:
-        if time.monotonic() > how.until:
+    results: list[dict[str, Any]] = []
+    try:
+        for result in _results(specs, settings, how):
+            results.append(result)
+    finally:  # what is done is told, whatever became of the rest
+        if json_ and results:
+            from sweeper.cli.printing import print_json
+
+            print_json(results[0] if len(specs) == 1 else results)
+    if not detach and any(result["best"] is None for result in results):
+        raise typer.Exit(1)
+
+
+def _results(specs: list[StudySpec], settings: Settings, how: _How) -> Iterator[dict[str, Any]]:
+    """One study after the other; each was found fit to be begun before the first is."""
+    from sweeper.cli.watching import Caller
+    from sweeper.controller import refuse_if_changed
+    from sweeper.store import open_store
+
+    launchers = [how.open_launcher(spec, settings) for spec in specs]
+    caller = Caller()  # so that Ctrl-C is heard while a database hangs
+    opened = caller.ask(lambda: open_store(settings.store_url))
+    caller.ask(lambda: refuse_if_changed(opened, specs, extend=how.extend))
+    for index, (spec, launcher) in enumerate(zip(specs, launchers, strict=True)):
+        if how.detached:
+            yield _detach(spec, settings, how, opened, launcher)
+        elif index and time.monotonic() > how.until:
             sys.stderr.write(f"{spec.name}: not begun, {_TIME_IS_UP}\n")
         else:
-            results.append(_run(spec, settings, how))
-    if json_:
-        from sweeper.cli.printing import print_json
-
-        print_json(results[0] if len(specs) == 1 else results)
-    if any(result["best"] is None for result in results):
-        raise typer.Exit(1)
+            yield _run(spec, settings, how, opened, launcher, caller)
 
 
 def _dry_run(specs: list[StudySpec], *, reference: bool, json_: bool) -> None:
@@ -174,34 +190,40 @@ class _How:
         )
 
 
-def _detach(spec: StudySpec, settings: Settings, how: _How) -> None:
+def _detach(
+    spec: StudySpec, settings: Settings, how: _How, opened: Store, launcher: Launcher
+) -> dict[str, Any]:
     """Enqueue a study's trials, and start the workers that outlive this process."""
     from sweeper.controller import prepare
-    from sweeper.store import open_store
 
-    launcher = None if how.launcher == "local" else how.open_launcher(spec, settings)
-    opened = open_store(settings.store_url)
     prepared = prepare(opened, spec, with_reference=how.reference, extend=how.extend)
     sys.stderr.write(f"{spec.name}: {prepared.enqueued} trials are waiting for workers\n")
-    if launcher is not None:
+    workers = 0
+    if how.launcher != "local":
         sweep = how.sweep(opened, prepared, settings, launcher)
         sweep.start()
-        sys.stderr.write(f"{spec.name}: {len(sweep.alive)} workers on {launcher.name}\n")
+        workers = len(sweep.alive)
+        sys.stderr.write(f"{spec.name}: {workers} workers on {launcher.name}\n")
+    return {"study": spec.name, "enqueued": prepared.enqueued, "workers": workers}
 
 
-def _run(spec: StudySpec, settings: Settings, how: _How) -> dict[str, Any]:
+def _run(
+    spec: StudySpec,
+    settings: Settings,
+    how: _How,
+    opened: Store,
+    launcher: Launcher,
+    caller: Caller,
+) -> dict[str, Any]:
     """One study, from its spec to its result."""
     from sweeper.cli.view import view
-    from sweeper.cli.watching import Caller, Interrupts, leave, say_interrupted, watch
+    from sweeper.cli.watching import Interrupts, leave, say_interrupted, watch
     from sweeper.controller import prepare
     from sweeper.service.finish import Ahead
-    from sweeper.store import open_store, progress, standing, studies
+    from sweeper.store import progress, standing, studies
     from sweeper.tracking import TrackingService
 
     began = time.monotonic()
-    launcher = how.open_launcher(spec, settings)
-    caller = Caller()  # so that Ctrl-C is heard while a database hangs
-    opened = caller.ask(lambda: open_store(settings.store_url))
     prepared = caller.ask(
         lambda: prepare(opened, spec, with_reference=how.reference, extend=how.extend)
     )

@@ -15,6 +15,11 @@ def waiting(sweeper: Sweeper) -> Sweeper:
     return sweeper
 
 
+def test_what_was_enqueued_is_told_to_programs(sweeper: Sweeper) -> None:
+    said = sweeper.json("launch", sweeper.write(), "--detach")
+    assert said == {"study": "small", "enqueued": 3, "workers": 0}
+
+
 def standing(sweeper: Sweeper) -> dict[str, Any]:
     (found,) = sweeper.json("status", "small")
     assert isinstance(found, dict)

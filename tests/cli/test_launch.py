@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import sqlite3
@@ -204,6 +205,24 @@ def test_nothing_is_left_running(launched: Launched) -> None:
     assert left == []
 
 
+def test_a_study_that_is_refused_is_so_before_another_is_trained(launched: Launched) -> None:
+    sweeper, _ = launched
+    changed = sweeper.write("changed.yaml", train={"epochs": 3})
+    said = sweeper.run("launch", sweeper.write("new.yaml", name="new"), changed, code=2)
+    assert "train.epochs: 2 → 3" in said
+    assert "new" not in [standing["study"] for standing in sweeper.json("status")]
+
+
+def test_what_is_done_is_told_though_a_later_study_fails(launched: Launched) -> None:
+    sweeper, result = launched
+    later = sweeper.write("later.yaml", name="later", model={"name": "own_models:broken"})
+    launch = sweeper.start("launch", sweeper.folder / "study.yaml", later, "--json")
+    out, err = launch.communicate(timeout=240)
+    assert launch.returncode == 1, err
+    assert "this model fails on purpose" in err
+    assert [done["best"] for done in json.loads(out)] == [result["best"]]
+
+
 def test_launching_again_resumes_and_a_change_is_refused(launched: Launched) -> None:
     sweeper, result = launched
     file = sweeper.folder / "study.yaml"
@@ -220,7 +239,6 @@ def test_launching_again_resumes_and_a_change_is_refused(launched: Launched) -> 
 
 
 def test_files_are_launched_one_after_the_other(sweeper: Sweeper) -> None:
-    """In one process and one database: each launch opens the store that the last one had open."""
     files = [sweeper.write(f"{name}.yaml", name=name) for name in ("one", "two", "three")]
     results = sweeper.json("launch", *files, "--workers", "1")
     assert [(result["study"], result["trials"]["complete"]) for result in results] == [
