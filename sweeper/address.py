@@ -1,11 +1,23 @@
-"""What the URL of a store may be: a file, a PostgreSQL database, or a controller's proxy."""
+"""What addresses may be: of a store (a file, a PostgreSQL database, a proxy), and of MLflow."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Final
+from urllib.parse import urlsplit
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from sweeper.errors import UsageError
+
+_WEB: Final = frozenset({"http", "https"})
+_MLFLOWS_OWN: Final = frozenset(
+    {"sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc"}
+)
+"""What MLflow knows beside web addresses and folders; its plugins bring others."""
 
 
 def store_address(url: str) -> URL:
@@ -76,3 +88,33 @@ def host_of(address: URL) -> str | None:
     """
     found = address.host or address.query.get("host")
     return found if found is None or isinstance(found, str) else ",".join(found)
+
+
+def refuse_tracking_uri(uri: str | None, environment: Mapping[str, str] | None = None) -> None:
+    """Raise UsageError where MLflow cannot be at ``uri``: it would say so after the training.
+
+    It takes no folders any more, unless it is told to.
+    """
+    if uri is None or uri in _MLFLOWS_OWN:
+        return
+    env = os.environ if environment is None else environment
+    try:
+        scheme, host = urlsplit(uri).scheme.partition("+")[0], urlsplit(uri).hostname
+    except ValueError:  # brackets with no address in them
+        scheme, host = "http", None
+    if not uri.strip():
+        found = "nothing"
+    elif scheme in _WEB:
+        found = "" if host else "no host"
+    elif scheme in {"", "file"}:
+        allowed = env.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in {"true", "1"}
+        found = "" if allowed else "a folder"
+    else:
+        plugins = {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
+        found = "" if scheme in _MLFLOWS_OWN | plugins else f"the scheme {scheme!r}"
+    if found:
+        raise UsageError(
+            f"MLFLOW_TRACKING_URI must be an MLflow server or its database, but got {found}; set "
+            "http://host:port or sqlite:////path/to/mlflow.db, or unset it: then a server is "
+            "started"
+        )

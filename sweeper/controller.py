@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import make_url
 
 from sweeper import checkpoints
-from sweeper.address import host_of
+from sweeper.address import host_of, refuse_tracking_uri
 from sweeper.errors import (
     OutOfReachError,
     StoreRefusedError,
@@ -356,7 +356,10 @@ class Sweep:
 
 
 def refuse_if_out_of_reach(settings: Settings, launcher: Launcher) -> None:
-    """Raise UsageError where workers on other machines could not use ``settings``."""
+    """Raise UsageError where workers, those on other machines above all, could not use
+    ``settings``.
+    """
+    refuse_tracking_uri(settings.tracking_uri)
     if not launcher.elsewhere:
         return
     store = make_url(settings.store_url)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeper import controller
+from sweeper.address import refuse_tracking_uri
 from sweeper.controller import (
     Outage,
     QuickDeaths,
@@ -438,6 +439,46 @@ def test_workers_elsewhere_must_reach_store_and_tracker(
     refuse_if_out_of_reach(Settings.resolve(environment=FAR), Apparent(elsewhere=True))
     named = {**FAR, "SWEEPER_STORE": "postgresql+psycopg:///s?host=db.example.org"}
     refuse_if_out_of_reach(Settings.resolve(environment=named), Apparent(elsewhere=True))
+
+
+@pytest.mark.parametrize(
+    ("uri", "part"),
+    [
+        ("./mlruns", "but got a folder"),
+        ("foo", "but got a folder"),
+        ("file:///x/mlruns", "but got a folder"),
+        ("  ", "but got nothing"),
+        ("http://", "but got no host"),
+        ("http://[::1", "but got no host"),
+        ("localhost:5000", "but got the scheme 'localhost'"),
+        ("me:geheim@host", "but got the scheme 'me'"),
+    ],
+)
+def test_where_mlflow_cannot_be_is_said_before_the_training(uri: str, part: str) -> None:
+    settings = Settings.resolve(environment={"MLFLOW_TRACKING_URI": uri})
+    with pytest.raises(UsageError, match=part) as caught:
+        refuse_if_out_of_reach(settings, Apparent())
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        None,
+        "http://127.0.0.1:5000",
+        "https://me:pw@host/x",
+        "sqlite:///mlflow.db",
+        "postgresql+psycopg://me@host/runs",
+        "databricks",
+        "databricks://profile",
+    ],
+)
+def test_where_mlflow_may_be(uri: str | None) -> None:
+    refuse_tracking_uri(uri, {})
+
+
+def test_a_folder_is_taken_where_mlflow_was_told_to() -> None:
+    refuse_tracking_uri("./mlruns", {"MLFLOW_ALLOW_FILE_STORE": "true"})
 
 
 def test_only_a_worker_of_this_machine_is_tied_to_its_launch(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sweeper.address import refuse_tracking_uri
 from sweeper.errors import SweeperError
 from sweeper.provenance import cpu_name, versions
 from sweeper.settings import Settings, masked
@@ -111,6 +112,7 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
             advice="" if running else "see the runs of past studies with: sweeper ui",
         )
         return
+    refuse_tracking_uri(settings.tracking_uri)
     client = mlflow.connect(settings.tracking_uri)
     with mlflow.translated(f"ask {masked(settings.tracking_uri)}"):
         client.search_experiments(max_results=1)

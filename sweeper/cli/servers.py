@@ -14,6 +14,7 @@ from typing import Annotated, Final
 
 import typer
 
+from sweeper.address import refuse_tracking_uri
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
 from sweeper.cli.plain import PlainFormatter, plain
 from sweeper.errors import UsageError
@@ -55,17 +56,16 @@ def worker(
     to_stderr = logging.StreamHandler(sys.stderr)
     to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
+    settings = Settings.resolve(home=home, store=store)
+    refuse_tracking_uri(settings.tracking_uri)
     if count is not None:
-        _replicas(
-            study, count, Settings.resolve(home=home, store=store), allow_imports=allow_imports
-        )
+        _replicas(study, count, settings, allow_imports=allow_imports)
         return
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
     from sweeper.tracking.service import address
     from sweeper.worker import Signals, Worker, patiently, run_ids_into
 
-    settings = Settings.resolve(home=home, store=store)
     signals = Signals()
     signals.install()
     opened = patiently(
@@ -147,6 +147,7 @@ def sync(store: StoreOption = None, home: HomeOption = None) -> None:
     from sweeper.tracking import TrackingService
 
     settings = Settings.resolve(home=home, store=store)
+    refuse_tracking_uri(settings.tracking_uri)
     with TrackingService(settings) as service:
         sent = service.replay()
         ended = 0 if sent.problem else settle_all(settings)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from sweeper.address import refuse_tracking_uri
 from sweeper.cli.options import HomeOption, JsonOption, StoreOption
 from sweeper.cli.plain import PlainFormatter, plain
 from sweeper.errors import StoreUnreachableError, UsageError
@@ -62,6 +63,7 @@ def controller(
     to_stderr.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
     settings = Settings.resolve(home=home, store=store)
+    refuse_tracking_uri(settings.tracking_uri)
     proxy = None if grpc is None else _place(grpc, beyond=insecure_grpc)
     from sweeper.service.board import Board
     from sweeper.service.endpoint import Endpoint
