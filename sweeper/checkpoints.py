@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sweeper.config import TrialConfig
+from sweeper.errors import MissingExtraError, OutOfReachError, UsageError
 from sweeper.measurement import Measurement
-from sweeper.private import private_folder, private_opener
+from sweeper.private import private_folder, private_opener, there
 
 if TYPE_CHECKING:  # torch and fsspec are loaded once something is read or written
     from fsspec import AbstractFileSystem
@@ -183,6 +184,17 @@ def _name(checkpoint: Checkpoint) -> str:
     return f"epoch-{checkpoint.epochs[-1].measurement.epoch:06d}.ckpt"
 
 
+def refuse_unusable(place: str) -> None:
+    """Raise where no checkpoint can be written to ``place``: training goes on without any.
+
+    Raises:
+        UsageError: fsspec knows no such place, or a file is where the folder should be.
+        MissingExtraError: what the place needs is not installed.
+        OutOfReachError: the folder is read-only, or somebody else's.
+    """
+    _Folder(place).refuse_unusable()
+
+
 def remove_study(place: str, study: str) -> None:
     """Remove what is left of a study that is over, and of those that were abandoned: nothing in
     their folders was written for 30 days. A folder with anything but checkpoints in it is somebody
@@ -276,6 +288,22 @@ class _Folder:
             system, path = url_to_fs(self._url)
             self._opened = system, path.rstrip("/")
         return self._opened
+
+    def refuse_unusable(self) -> None:
+        what = f"checkpoints must be kept where SWEEPER_CHECKPOINTS says, {self}"
+        if self._local is not None:
+            found = there(self._local)
+            if not found.is_dir():
+                raise UsageError(f"{what}, but {found} is not a folder")
+            if not os.access(found, os.W_OK | os.X_OK):
+                raise OutOfReachError(f"{what}, but {found} is read-only or somebody else's")
+            return
+        try:
+            _ = self._remote
+        except ImportError as error:
+            raise MissingExtraError(f"{what}, but a package is missing: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"{what}, but: {error}") from error
 
     def names(self) -> list[str]:
         if self._local is not None:

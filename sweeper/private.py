@@ -41,6 +41,15 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
+def there(path: Path) -> Path:
+    """``path``, or what of it is there: a folder above it, or a file in its way."""
+    return next(
+        each
+        for each in (path, *path.parents)
+        if os.path.exists(each)  # noqa: PTH110 - a Path's own way raises below a locked folder
+    )
+
+
 def private_opener(path: str, flags: int) -> int:
     """The ``opener`` of :func:`open` for a file that is private from its first moment."""
     return os.open(path, flags, FILE_MODE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from sweeper import checkpoints
-from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints
+from sweeper.checkpoints import Checkpoint, Epoch, TrialCheckpoints, refuse_unusable
+from sweeper.errors import MissingExtraError, OutOfReachError, UsageError
 from sweeper.measurement import Measurement
 
 
@@ -169,6 +171,28 @@ def test_a_place_that_takes_nothing_costs_a_warning(
         write(kept, 1)
     assert "is not written" in caplog.text
     assert kept.latest() is None
+
+
+def test_a_place_is_taken_as_long_as_it_may_work(place: str) -> None:
+    refuse_unusable(place)
+    assert "://" in place or not Path(place).exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is not a folder"):
+        refuse_unusable(f"{tmp_path}/file/checkpoints")
+    with pytest.raises(UsageError, match="Protocol not known: foo"):
+        refuse_unusable("foo://bar")
+    with pytest.raises(OutOfReachError, match="read-only"), monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)
+        refuse_unusable(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingExtraError, match="Install s3fs") as caught:
+        refuse_unusable("s3://me:geheim@bucket/x")
+    assert "geheim" not in str(caught.value)
 
 
 def test_a_studys_end_sweeps_its_checkpoints_and_those_long_abandoned(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def examine(settings: Settings) -> list[Finding]:
         "home": _home,
         "store": _store,
         "mlflow": _mlflow,
+        "checkpoints": _checkpoints,
         "device": _device,
         "data": _data,
         "spool": _spool,
@@ -119,6 +120,14 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
     yield Finding(
         subject="mlflow", verdict="good", found=f"{masked(settings.tracking_uri)} answers"
     )
+
+
+def _checkpoints(settings: Settings) -> Iterator[Finding]:
+    from sweeper.checkpoints import refuse_unusable
+
+    refuse_unusable(settings.checkpoints)
+    where = settings.checkpoints.rpartition("@")[2]  # without what may be a password
+    yield Finding(subject="checkpoints", verdict="good", found=f"go to {where}")
 
 
 def _device(_: Settings) -> Iterator[Finding]:

@@ -108,10 +108,12 @@ def launch(
 
 def _results(specs: list[StudySpec], settings: Settings, how: _How) -> Iterator[dict[str, Any]]:
     """One study after the other; each was found fit to be begun before the first is."""
+    from sweeper.checkpoints import refuse_unusable
     from sweeper.cli.watching import Caller
     from sweeper.controller import refuse_if_changed
     from sweeper.store import open_store
 
+    refuse_unusable(settings.checkpoints)
     launchers = [how.open_launcher(spec, settings) for spec in specs]
     caller = Caller()  # so that Ctrl-C is heard while a database hangs
     opened = caller.ask(lambda: open_store(settings.store_url))

@@ -49,6 +49,7 @@ def worker(
     ] = False,
 ) -> None:
     """Pull trials and train them; without a study, serve every running study and wait for more."""
+    from sweeper.checkpoints import refuse_unusable
     from sweeper.launchers.forks import fork_as_asked
 
     fork_as_asked(_import_everything)
@@ -58,6 +59,7 @@ def worker(
     logging.basicConfig(level=logging.INFO, handlers=[to_stderr])
     settings = Settings.resolve(home=home, store=store)
     refuse_tracking_uri(settings.tracking_uri)
+    refuse_unusable(settings.checkpoints)
     if count is not None:
         _replicas(study, count, settings, allow_imports=allow_imports)
         return
@@ -185,10 +187,10 @@ def doctor(
         console = out()
         for finding in findings:
             mark = {"good": "[green]ok  [/]", "note": "[dim]note[/]", "bad": "[red]bad [/]"}
-            console.print(f"{mark[finding.verdict]} {finding.subject:<10} ", end="")
+            console.print(f"{mark[finding.verdict]} {finding.subject:<11} ", end="")
             console.print(finding.found, markup=False)
             if finding.advice:
-                console.print(f"                {finding.advice}", markup=False)
+                console.print(f"                 {finding.advice}", markup=False)
     if any(finding.verdict == "bad" for finding in findings):
         raise UsageError("something above must be put right first")
 

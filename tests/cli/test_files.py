@@ -205,6 +205,15 @@ def test_a_password_on_the_command_line_is_refused_and_not_repeated(sweeper: Swe
 
 def test_doctor_says_what_it_found(sweeper: Sweeper) -> None:
     said = sweeper.run("doctor")
-    for subject in ("versions", "home", "store", "mlflow", "device", "data", "spool"):
+    for subject in (
+        "versions",
+        "home",
+        "store",
+        "mlflow",
+        "checkpoints",
+        "device",
+        "data",
+        "spool",
+    ):
         assert subject in said
     assert {item["verdict"] for item in sweeper.json("doctor")} <= {"good", "note"}
