@@ -122,7 +122,8 @@ def trials(
         print_json(rows)
         return
     ranked = now.leaderboard
-    rest = [row for row in now.rows if row not in ranked]
+    numbers = {row.number for row in ranked}
+    rest = [row for row in now.rows if row.number not in numbers]
     out().print(trial_table(now.spec, [*ranked, *rest], study))
 
 
