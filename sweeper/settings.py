@@ -30,7 +30,7 @@ from sqlalchemy.exc import ArgumentError
 
 from sweeper.address import host_of, store_address
 from sweeper.errors import UsageError
-from sweeper.private import redacted
+from sweeper.private import redacted, there
 
 WORKER_VARIABLE: Final = "SWEEPER_WORKER"
 LAUNCHER_VARIABLE: Final = "SWEEPER_LAUNCHER"
@@ -90,17 +90,19 @@ class Settings:
     ) -> Self:
         """Settings from flags (not None), then the environment, then defaults.
 
-        Raises UsageError where the store's URL cannot be one.
+        Raises UsageError where the store's URL cannot be one, or a folder cannot be.
         """
         env = os.environ if environment is None else environment
-        home_path = Path(home or env.get("SWEEPER_HOME") or ".sweeper").expanduser().absolute()
+        home_path = _expanded("SWEEPER_HOME", home or env.get("SWEEPER_HOME") or ".sweeper")
+        if not (found := there(home_path)).is_dir():
+            raise UsageError(f"the home folder must be a folder, but {found} is none: {home_path}")
         data = env.get("SWEEPER_DATA") or "~/.cache/sweeper/data"
         store = store or env.get("SWEEPER_STORE") or _content(env.get("SWEEPER_STORE_FILE"))
         if store:
             store_address(store)
         return cls(
             home=home_path,
-            data=Path(data).expanduser().absolute(),
+            data=_expanded("SWEEPER_DATA", data),
             store_url=store or sqlite_url(home_path / "optuna.db"),
             tracking_uri=env.get("MLFLOW_TRACKING_URI") or None,
             checkpoints=_place(env.get("SWEEPER_CHECKPOINTS") or home_path / "checkpoints"),
@@ -138,7 +140,7 @@ class Settings:
 
     @property
     def server_log(self) -> Path:
-        return self.home / "logs" / "mlflow.log"
+        return self.home / "mlflow.log"  # not in logs, where folders have the studies' names
 
     @property
     def reports(self) -> Path:
@@ -187,12 +189,27 @@ def login_variables(environment: Mapping[str, str] | None = None) -> dict[str, s
     return {name: env[name] for name in _LOGINS if name in env}
 
 
+def _expanded(variable: str, path: str | Path) -> Path:
+    """``path`` without ``~`` and absolute. Raises UsageError where nobody knows whose ``~`` is."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{variable} must be a path from / on, or below the folder of a user who is known "
+            f"here, but got {path}"
+        ) from error
+
+
 def _content(file: str | None) -> str | None:
     """What a secret's file holds; None where none is named. Raises UsageError if it is empty."""
     if not file:
         return None
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8").strip()
+        text = _expanded("SWEEPER_STORE_FILE", file).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"SWEEPER_STORE_FILE must name a text file, but {file} is not one in UTF-8"
+        ) from error
     except OSError as error:
         raise UsageError(
             f"SWEEPER_STORE_FILE must name a file that holds the store's URL, but {file} cannot be "
@@ -206,7 +223,7 @@ def _content(file: str | None) -> str | None:
 def _place(where: str | Path) -> str:
     """An fsspec URL as it is, a folder as an absolute path."""
     text = str(where).removeprefix("file://")
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    return text if "://" in text else str(_expanded("SWEEPER_CHECKPOINTS", text))
 
 
 def sqlite_url(file: Path) -> str:

@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sqlalchemy.engine import make_url
+
 from sweeper.address import refuse_tracking_uri
 from sweeper.errors import SweeperError
+from sweeper.private import there
 from sweeper.provenance import cpu_name, versions
 from sweeper.settings import Settings, masked
 
@@ -65,7 +68,7 @@ def _versions(_: Settings) -> Iterator[Finding]:
 
 
 def _home(settings: Settings) -> Iterator[Finding]:
-    folder = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    folder = there(settings.home)
     free = shutil.disk_usage(folder).free / 2**30
     if not os.access(folder, os.W_OK):
         yield Finding(
@@ -86,7 +89,8 @@ def _home(settings: Settings) -> Iterator[Finding]:
 def _store(settings: Settings) -> Iterator[Finding]:
     from sweeper.store import open_store, studies
 
-    if settings.store_url.startswith("sqlite") and not Path(settings.home / "optuna.db").exists():
+    address = make_url(settings.store_url)
+    if address.get_backend_name() == "sqlite" and not Path(str(address.database)).exists():
         yield Finding(
             subject="store", verdict="note", found="none yet; the first launch creates it"
         )

@@ -35,6 +35,16 @@ def _fit_to_be_typed(
     return url
 
 
+def _home(path: str) -> Path:
+    """Refuse nothing at all: it would mean the current folder."""
+    if not path.strip():
+        raise UsageError(
+            "--home must be followed by a folder, but got nothing; for .sweeper leave the option "
+            "out"
+        )
+    return Path(path)
+
+
 StoreOption = Annotated[
     str | None,
     typer.Option(
@@ -52,6 +62,8 @@ HomeOption = Annotated[
     typer.Option(
         "--home",
         envvar="SWEEPER_HOME",
+        metavar="PATH",
+        parser=_home,
         help="Folder of databases, artifacts and logs. [default: .sweeper]",
         show_default=False,
     ),

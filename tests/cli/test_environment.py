@@ -1,0 +1,70 @@
+"""Variables, folders and streams that are not as a command wants them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sweeper.cli import app
+from sweeper.cli.checks import examine
+from sweeper.errors import UsageError
+from sweeper.settings import Settings
+
+
+def closed(*numbers: int) -> Callable[[], None]:
+    """What a shell does for ``>&-``."""
+
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return close
+
+
+@pytest.mark.parametrize("variable", ["SWEEPER_HOME", "SWEEPER_DATA", "SWEEPER_STORE_FILE"])
+def test_the_folder_of_somebody_unknown_is_wrong_usage(variable: str) -> None:
+    with pytest.raises(UsageError, match=f"{variable} must be a path"):
+        Settings.resolve(environment={variable: "~nobody-of-that-name/x"})
+
+
+def test_a_secret_that_is_no_text_is_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="must name a text file"):
+        Settings.resolve(environment={"SWEEPER_STORE_FILE": f"{tmp_path}/secret"})
+
+
+@pytest.mark.parametrize("inside", ["", "/home"])
+def test_a_home_that_is_a_file_is_wrong_usage(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is none"):
+        Settings.resolve(home=f"{tmp_path}/file{inside}", environment={})
+
+
+def test_a_home_without_a_name_is_not_the_current_folder() -> None:
+    found = CliRunner().invoke(app, ["status", "--home", ""])
+    assert isinstance(found.exception, UsageError)
+    assert "leave the option out" in str(found.exception)
+
+
+def test_doctor_looks_at_the_store_that_is_set_and_creates_none(tmp_path: Path) -> None:
+    from sweeper.store import open_store
+
+    def said(name: str) -> str:
+        settings = Settings.resolve(
+            home=tmp_path / "home", store=f"sqlite:///{tmp_path}/{name}", environment={}
+        )
+        return next(finding.found for finding in examine(settings) if finding.subject == "store")
+
+    open_store(f"sqlite:///{tmp_path}/there.db").close()
+    assert "answers, 0 studies" in said("there.db")
+    assert "none yet" in said("missing.db")
+    assert not (tmp_path / "missing.db").exists()
+
+
+def test_a_studys_logs_are_not_where_the_server_writes_its_own(tmp_path: Path) -> None:
+    settings = Settings.resolve(home=tmp_path, environment={})
+    assert settings.logs("mlflow.log") not in {settings.server_log, settings.server_log.parent}
