@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import Final, NoReturn
 
 import typer
@@ -61,11 +62,25 @@ app.command("controller")(serving.controller)
 
 def run() -> NoReturn:
     """The program ``sweeper``: :func:`main`, and then this process ends."""
+    _complete_streams()
     try:
         main()
     except SystemExit as asked:
         end_process(asked)
     end_process(SystemExit(0))
+
+
+def _complete_streams() -> None:
+    """Every command may write: nowhere where a stream is closed, and whatever a stream can spell.
+
+    So ``sweeper status >&-`` ends with its own exit code, and a name that an ASCII terminal cannot
+    show appears as ``\\xe9``.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open to the end
+            setattr(sys, name, nowhere)
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def main() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli.conftest import Sweeper
 from typer.testing import CliRunner
 
 from sweeper.cli import app
@@ -68,3 +71,28 @@ def test_doctor_looks_at_the_store_that_is_set_and_creates_none(tmp_path: Path) 
 def test_a_studys_logs_are_not_where_the_server_writes_its_own(tmp_path: Path) -> None:
     settings = Settings.resolve(home=tmp_path, environment={})
     assert settings.logs("mlflow.log") not in {settings.server_log, settings.server_log.parent}
+
+
+@pytest.mark.parametrize(("words", "code"), [(["study.yaml"], 0), (["missing.yaml"], 2)])
+@pytest.mark.parametrize("numbers", [(1,), (2,), (1, 2)])
+def test_a_closed_stream_changes_no_exit_code(
+    sweeper: Sweeper, words: list[str], code: int, numbers: tuple[int, ...]
+) -> None:
+    sweeper.write()
+    process = sweeper.start("validate", *words, preexec_fn=closed(*numbers))
+    said = "".join(process.communicate(timeout=120))
+    assert process.returncode == code
+    assert "Traceback" not in said
+
+
+def test_what_a_stream_cannot_spell_is_spelled_out(sweeper: Sweeper) -> None:
+    sweeper.write("ré.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "sweeper", "validate", "ré.yaml"],
+        cwd=sweeper.folder,
+        env={**sweeper.environment, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == b"r\\xe9.yaml: valid\n"
