@@ -70,12 +70,16 @@ def init(
     from importlib import resources
 
     template = resources.files("sweeper.study").joinpath("template.yaml").read_text("utf-8")
+    created = False
     try:
         with file.open("x", encoding="utf-8") as stream:
+            created = True
             stream.write(template)
     except FileExistsError as error:
         raise UsageError(f"{file} is there already; name another file") from error
     except OSError as error:
+        if created:
+            file.unlink(missing_ok=True)  # half a file would be in the way of the next try
         raise UsageError(f"{file} cannot be written: {error.strerror}") from error
     sys.stdout.write(f"wrote {file}; run it with: sweeper launch {file}\n")
 

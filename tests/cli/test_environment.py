@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,3 +97,13 @@ def test_what_a_stream_cannot_spell_is_spelled_out(sweeper: Sweeper) -> None:
         check=True,
     )
     assert done.stdout == b"r\\xe9.yaml: valid\n"
+
+
+def test_what_init_could_not_write_is_not_in_the_way_of_the_next_try(sweeper: Sweeper) -> None:
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    process = sweeper.start("init", preexec_fn=no_room)
+    said = "".join(process.communicate(timeout=120))
+    assert (process.returncode, "cannot be written" in said) == (2, True)
+    sweeper.run("init")
