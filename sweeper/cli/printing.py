@@ -57,6 +57,11 @@ def _console(stream: TextIO) -> Console:
     return PlainConsole(file=stream, highlight=False, width=_ENDLESS, soft_wrap=True)
 
 
+def redraws(console: Console) -> bool:
+    """Whether what was printed can be drawn over: colours that are asked for make no terminal."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
 def print_json(value: Any) -> None:
     """``value`` as JSON on stdout. NaN and infinity, which JSON does not know, become null."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")

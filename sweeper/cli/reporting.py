@@ -75,10 +75,10 @@ def report(
 @contextlib.contextmanager
 def saying() -> Iterator[Callable[[str], None]]:
     """Shows what is being done: a line that changes on a terminal, a line a step elsewhere."""
-    from sweeper.cli.printing import err
+    from sweeper.cli.printing import err, redraws
 
     console = err()
-    if console.is_terminal:
+    if redraws(console):
         with console.status("report") as status:
             yield lambda text: status.update(f"report: {text}")
         return

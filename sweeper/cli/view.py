@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sweeper.cli.printing import STATE_STYLE, duration, err, number, text
+from sweeper.cli.printing import STATE_STYLE, duration, err, number, redraws, text
 from sweeper.settings import masked
 from sweeper.store import Progress, TrialRow
 from sweeper.store.view import STATES
@@ -35,7 +35,7 @@ class View(Protocol):
 def view(tracking: Callable[[], str | None]) -> View:
     """The view for this stderr; ``tracking`` tells the MLflow server's address."""
     console = err()
-    return _LiveView(console, tracking) if console.is_terminal else _PlainView(console)
+    return _LiveView(console, tracking) if redraws(console) else _PlainView(console)
 
 
 def left_s(now: Progress, workers: int) -> float | None:

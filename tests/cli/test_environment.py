@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Sweeper
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sweeper.cli import app
 from sweeper.cli.checks import examine
+from sweeper.cli.printing import redraws
 from sweeper.errors import UsageError
 from sweeper.settings import Settings
 
@@ -107,3 +110,16 @@ def test_what_init_could_not_write_is_not_in_the_way_of_the_next_try(sweeper: Sw
     said = "".join(process.communicate(timeout=120))
     assert (process.returncode, "cannot be written" in said) == (2, True)
     sweeper.run("init")
+
+
+def test_asking_for_colours_makes_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert redraws(Console(file=Terminal()))
+    assert not redraws(Console(file=io.StringIO()))
+    monkeypatch.setenv("TERM", "dumb")
+    assert not redraws(Console(file=Terminal()))
