@@ -173,7 +173,7 @@ def doctor(
     home: HomeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Check store, MLflow, GPU, data folders and versions, and say what to do."""
+    """Check store, MLflow, checkpoints, GPU, data folders and versions, and say what to do."""
     from sweeper.cli.checks import examine
     from sweeper.cli.printing import out, print_json
 
