@@ -115,7 +115,7 @@ def test_a_signal_puts_the_trial_back_after_its_epoch(bench: Callable[..., Bench
     found.signals.install()
     original, found.tracker.log = found.tracker.log, log  # type: ignore[method-assign]
     try:
-        found.worker.run()
+        assert not found.worker.run()
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -125,7 +125,7 @@ def test_a_signal_puts_the_trial_back_after_its_epoch(bench: Callable[..., Bench
 
     found.tracker.log = original  # type: ignore[method-assign]
     found.signals.count = 0
-    found.worker.run()
+    assert found.worker.run()
     row = found.now.rows[0]
     assert (row.state, row.attempt) == ("complete", 2)
     run = found.tracker.runs["small/0"]

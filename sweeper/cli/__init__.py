@@ -1,7 +1,7 @@
 """The command line. Each command parses, calls one function, and prints.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 no trial succeeded, 2 wrong
-usage or file, 3 store or tracker out of reach, 130 interrupted.
+usage or file, 3 store or tracker out of reach, 130 interrupted, 143 a worker that got TERM.
 """
 
 from __future__ import annotations

@@ -66,23 +66,33 @@ def worker(
     from sweeper.store import open_store
     from sweeper.tracking import SpoolTracker
     from sweeper.tracking.service import address
-    from sweeper.worker import Signals, Worker, patiently, run_ids_into
+    from sweeper.worker import Signals, StopNowError, Worker, patiently, run_ids_into
 
-    signals = Signals()
+    signals, over = Signals(), False
     signals.install()
-    opened = patiently(
-        lambda: open_store(settings.store_url), "open the store", signals, give_up_s=_OPENING_S
-    )
-    with SpoolTracker(settings.spool, address(settings), on_run_id=run_ids_into(opened)) as tracker:
-        Worker(
-            store=opened,
-            tracker=tracker,
-            settings=settings,
-            study=study,
-            parent=parent,
-            allow_imports=allow_imports,
-            signals=signals,
-        ).run()
+    with contextlib.suppress(StopNowError):
+        opened = patiently(
+            lambda: open_store(settings.store_url), "open the store", signals, give_up_s=_OPENING_S
+        )
+        with SpoolTracker(
+            settings.spool, address(settings), on_run_id=run_ids_into(opened)
+        ) as tracker:
+            over = Worker(
+                store=opened,
+                tracker=tracker,
+                settings=settings,
+                study=study,
+                parent=parent,
+                allow_imports=allow_imports,
+                signals=signals,
+            ).run()
+    if not over:
+        raise _told_by(signals.number)
+
+
+def _told_by(number: int | None) -> typer.Exit:
+    """The end of who was told to end; 0 would say that nothing is left to do."""
+    return typer.Exit(128 + (number or signal.SIGTERM))
 
 
 def _import_everything() -> None:
@@ -104,7 +114,7 @@ def _replicas(study: str | None, count: str, settings: Settings, *, allow_import
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: received.append(number))
     with tempfile.TemporaryDirectory(prefix="sweeper-logs-") as folder:
-        Replicas(
+        done = Replicas(
             launcher=LocalLauncher(),
             job=Job(
                 argv=[
@@ -119,6 +129,8 @@ def _replicas(study: str | None, count: str, settings: Settings, *, allow_import
             ),
             count=automatic_workers(1.0) if count == "auto" else int(count),
         ).run(lambda: len(received))
+    if not done:
+        raise _told_by(received[-1])
 
 
 def ui(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,10 @@ _LOOK_S: Final = 0.2
 _QUICK_DEATH_S: Final = 20.0
 _LONGEST_PAUSE_S: Final = 60.0
 _READ_LOG_BYTES: Final = 8 << 20
+_TOLD: Final = {
+    code for number in (signal.SIGTERM, signal.SIGINT) for code in (128 + number, -number)
+}
+"""The codes of a copy that ends because it is told to, in good order or before it listened."""
 
 
 @dataclass(kw_only=True)
@@ -44,9 +49,10 @@ class Replicas:
     _pause_s: float = 0.0
     _not_before: float = 0.0
 
-    def run(self, signals: Callable[[], int]) -> None:
+    def run(self, signals: Callable[[], int]) -> bool:
         """Keep the copies alive until all are done, or ``signals()`` counts one and all ended.
 
+        Whether all were done. A copy that somebody else told to end is not, and is replaced.
         Every further signal is passed on as well: a worker's second one has it end at once.
         """
         passed_on = 0
@@ -55,20 +61,20 @@ class Replicas:
                 process for process in self.launcher.processes() if process.name not in self._buried
             ]
             self._echo(processes)
-            self._bury(processes)
+            self._bury(processes, told=bool(passed_on))
             alive = [process for process in processes if process.exit_code is None]
             if signals() > passed_on:
                 passed_on += 1
                 self.launcher.stop()
             missing = 0 if passed_on else self.count - self._done - len(alive)
             if not alive and not missing:
-                return
+                return self._done == self.count
             if missing and time.monotonic() >= self._not_before:
                 self._hasty = False
                 self.launcher.start(self.job, missing)
             time.sleep(_LOOK_S)
 
-    def _bury(self, processes: list[Process]) -> None:
+    def _bury(self, processes: list[Process], *, told: bool) -> None:
         """Count who is done, and put off replacing those who die at once."""
         for process in processes:
             if process.exit_code is None:
@@ -76,6 +82,8 @@ class Replicas:
             self._buried.add(process.name)
             if process.exit_code == 0:
                 self._done += 1
+                continue
+            if told and process.exit_code in _TOLD:
                 continue
             if process.lived_s >= _QUICK_DEATH_S:
                 self._pause_s = 0.0

@@ -68,9 +68,10 @@ class Worker:
     _dataset: tuple[DataConfig, Dataset] | None = None
     _next: Attempt | None = None
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Work until the study is over, a signal arrives, or something cannot be done.
 
+        Whether the study is over: False where a signal came before that was known.
         Raises UsageError where no trial of the study can run here (data, packages, imports).
         """
         import sweeper.training  # noqa: F401 - seconds that are not to count as the first trial's
@@ -84,9 +85,10 @@ class Worker:
         self._heart = Heart(self.store, self.signals, self._presence(), parent=self.parent)
         self._heart.start()
         self._cohorts = Cohorts(worker=self, work=self._work)
+        over = False
         try:
-            while not self.signals.stopping and self._work_once():
-                pass
+            while not self.signals.stopping and not over:
+                over = not self._work_once()
         except StopNowError:
             pass
         finally:
@@ -94,6 +96,7 @@ class Worker:
                 self._next.give_back()
                 self._next.close()
             self._heart.leave()
+        return over
 
     def _presence(self) -> Presence:
         from sweeper.training.device import visible

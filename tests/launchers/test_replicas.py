@@ -43,9 +43,12 @@ class Running:
         self.signals = 0
         job = Job(argv=[sys.executable, "-c", program], logs=folder)
         replicas = Replicas(launcher=self.launcher, job=job, count=count)
-        self.thread = threading.Thread(
-            target=replicas.run, args=(lambda: self.signals,), daemon=True
-        )
+        self.done: bool | None = None
+
+        def run() -> None:
+            self.done = replicas.run(lambda: self.signals)
+
+        self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
     @property
@@ -80,6 +83,7 @@ def test_a_copy_that_is_killed_is_replaced_and_a_signal_ends_all(
     replicas.thread.join(20)
     assert not replicas.thread.is_alive()
     assert not replicas.alive
+    assert replicas.done is False
     heard = capfd.readouterr().err
     for process in replicas.launcher.processes()[1:]:
         assert f"{process.name} | here\n" in heard
@@ -105,6 +109,7 @@ def test_copies_that_are_done_are_not_started_again(
     replicas = Running(tmp_path, "print('no newline at the end', end='')", 3)
     replicas.thread.join(30)
     assert not replicas.thread.is_alive()
+    assert replicas.done is True
     assert [found.exit_code for found in replicas.launcher.processes()] == [0, 0, 0]
     assert len(re.findall(r"\| no newline at the end\n", capfd.readouterr().err)) == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ COUNTS_TERM = """
 import os, signal, sys, time
 def received(number, frame):
     print(os.environ['SWEEPER_WORKER'], 'received', number, flush=True)
-    raise SystemExit(0)
+    raise SystemExit(128 + number)
 signal.signal(signal.SIGTERM, received)
 print('here', flush=True)
 time.sleep(600)
@@ -124,18 +125,19 @@ def test_secrets_are_in_no_script_and_on_no_command_line(
         assert file.stat().st_mode & 0o077 == 0
 
 
-def test_a_worker_that_dies_is_replaced(
-    launcher: Callable[..., SlurmLauncher], nasty_folder: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_dies_or_that_somebody_tells_to_end_is_replaced(
+    launcher: Callable[..., SlurmLauncher], nasty_folder: Path, number: signal.Signals
 ) -> None:
     opened = launcher()
     opened.start(_job(nasty_folder), 1)
     until(_here(opened))
     first = _alive(opened)[0]
     assert first.pid is not None
-    psutil.Process(first.pid).kill()
+    psutil.Process(first.pid).send_signal(number)
     until(lambda: any(each.name != first.name and each.pid for each in _alive(opened)))
     dead, alive = opened.processes()
-    assert (dead.name, dead.exit_code) == (first.name, -9)
+    assert (dead.name, dead.exit_code) == (first.name, -number)
     assert alive.name == first.name.removesuffix("0") + "1"
 
 

@@ -117,8 +117,8 @@ def test_a_detached_study_is_trained_and_finished_once(cluster: Cluster) -> None
         assert "postgresql" not in " ".join(psutil.Process(process.pid).cmdline())
 
     for process, number, code in (
-        (near, signal.SIGTERM, 0),
-        (far, signal.SIGTERM, 0),
+        (near, signal.SIGTERM, 143),
+        (far, signal.SIGTERM, 143),
         (second, signal.SIGINT, 130),
         (first, signal.SIGTERM, 0),
     ):
