@@ -195,6 +195,32 @@ def test_every_pod_of_the_job_has_a_name_of_its_own() -> None:
     }
 
 
+def test_the_job_keeps_what_no_schema_says() -> None:
+    """What the API server demands of fields together (pkg/apis/batch/validation)."""
+    (job,) = (found["spec"] for found in kind("Job"))
+    assert job["podReplacementPolicy"] == "Failed", "the only one beside podFailurePolicy"
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["maxFailedIndexes"] <= job["completions"]
+    containers = {each["name"] for each in job["template"]["spec"]["containers"]}
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+        if codes := rule.get("onExitCodes"):
+            assert codes["containerName"] in containers
+            assert codes["values"] == sorted(set(codes["values"]))
+            assert 0 not in codes["values"]
+
+
+def test_a_worker_that_is_told_to_end_comes_back_and_one_that_cannot_work_does_not() -> None:
+    (job,) = kind("Job")
+    rules = job["spec"]["podFailurePolicy"]["rules"]
+    actions = {
+        code: rule["action"]
+        for rule in rules
+        for code in rule.get("onExitCodes", {}).get("values", [])
+    }
+    assert actions == {2: "FailIndex", 143: "Ignore"}
+
+
 def test_the_databases_are_made_by_the_same_script() -> None:
     (script,) = (
         found["data"]["databases.sh"]
