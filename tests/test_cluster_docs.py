@@ -112,7 +112,7 @@ def test_the_files_that_commands_name_are_there() -> None:
 def test_the_services_that_commands_name_are_there() -> None:
     services = yaml.safe_load(FILE.read_text("utf-8"))["services"]
     text = "\n".join(lines(PAGE))
-    named = set(re.findall(r"docker compose (?:exec|cp|logs --follow) ([a-z-]+)", text))
+    named = set(re.findall(r"docker compose (?:exec -T|exec|cp|logs --follow) ([a-z-]+)", text))
     assert "controller" in named
     assert named <= services.keys()
     profiles = set(re.findall(r"--profile (\w+)", text))

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -258,6 +259,19 @@ def test_a_study_from_outside_is_trained_counted_and_tracked(outside: Outside) -
     until((home / "reports/outside/index.html").exists, "the report", running)
     listed = json.loads(outside.sweeper("workers", "--json"))
     assert {row["launcher"] for row in listed} == {"compose"}
+
+
+def test_the_backup_that_the_page_shows_has_both_databases(outside: Outside) -> None:
+    (line,) = re.findall(r"^.*pg_dumpall.*$", (ROOT / "docs/cluster.md").read_text("utf-8"), re.M)
+    words = shlex.split(line)
+    assert words[:5] == ["docker", "compose", "exec", "-T", "postgres"]
+    assert words[-2:] == [">", "sweeper-backup.sql"]
+    dumped = outside.running.exec_in_postgres(words[5:-2])
+    outside.heard += dumped
+    for name in ("sweeper", "mlflow"):
+        assert f"CREATE ROLE {name};" in dumped
+        assert f"\\connect {name}\n" in dumped
+    assert "PostgreSQL database cluster dump complete" in dumped
 
 
 def _workers(running: Running) -> list[psutil.Process]:

@@ -102,6 +102,26 @@ class Running:
                 group=owner,
             )
 
+    def exec_in_postgres(self, command: list[str]) -> str:
+        """What a command says inside that container, where the server's socket is in its place."""
+        data = self.machine.places["/var/lib/postgresql/data"]
+        done = subprocess.run(
+            command,
+            env={
+                **self.environment("postgres"),
+                "PGHOST": data,
+                "PGPORT": str(self.machine.ports[5432]),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr}")
+        return done.stdout
+
     def _initialised(self, command: list[str]) -> list[str]:
         """What the entry point of the postgres image does with an empty volume: make a cluster,
         run the scripts of /docker-entrypoint-initdb.d on a server without a port, start it."""
