@@ -141,6 +141,15 @@ def test_a_pod_has_limits_and_time_to_end(name: str) -> None:
         assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"]
 
 
+def test_a_controller_is_not_started_again_because_its_database_is_away() -> None:
+    asked = container("Deployment controller")
+    paths = {
+        probe: asked[f"{probe}Probe"]["httpGet"]["path"]
+        for probe in ("startup", "readiness", "liveness")
+    }
+    assert paths == {"startup": "/livez", "readiness": "/healthz", "liveness": "/livez"}
+
+
 @pytest.mark.parametrize("name", PODS)
 def test_service_links_are_off(name: str) -> None:
     """A Service called mlflow makes MLFLOW_PORT=tcp://…, which its server would read."""

@@ -36,7 +36,7 @@ def controller(
     store: StoreOption = None,
     home: HomeOption = None,
     host: Annotated[
-        str, typer.Option(help="Where /healthz and /metrics are served.")
+        str, typer.Option(help="Where /healthz, /livez and /metrics are served.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Their port; 0: any.")] = 8321,
     grpc: Annotated[
@@ -77,7 +77,7 @@ def controller(
     signals.install()
     with contextlib.suppress(StopNowError), contextlib.ExitStack() as stack:
         endpoint = stack.enter_context(Endpoint(board, host, port))
-        _log.info("%s/healthz and /metrics", endpoint.address)
+        _log.info("%s/healthz, /livez and /metrics", endpoint.address)
         opened = _open(settings, board, signals)
         if opened is not None:
             if proxy is not None:
@@ -105,6 +105,7 @@ def _open(settings: Settings, board: Board, signals: Signals) -> Store | None:
 
     said = ""
     while not signals.stopping:
+        board.turn()
         try:
             opened = open_store(settings.store_url)
         except StoreUnreachableError as error:
@@ -125,6 +126,7 @@ def _look_after(watch: Watch, signals: Signals) -> None:
     away_since: float | None = None
     trouble = ""
     while not signals.stopping:
+        watch.board.turn()
         now = watch.service.look_after()
         if now and now != trouble:
             _log.warning("MLflow: %s", now)

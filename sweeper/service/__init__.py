@@ -2,5 +2,6 @@
 
 ``finish`` ends a study as `sweeper launch` does, ``watch`` finds those that are to be ended, and
 everything lost on the way, ``board`` is what is known meanwhile, and ``endpoint`` shows it as
-``/healthz`` and ``/metrics``. ``agreement`` compares what store and MLflow say of a study.
+``/healthz``, ``/livez`` and ``/metrics``. ``agreement`` compares what store and MLflow say of a
+study.
 """

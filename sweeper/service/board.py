@@ -1,7 +1,8 @@
 """What a controller knows of its store, for those who ask over HTTP.
 
 The controller writes it, requests read it: no request waits for the database, and a store that is
-away shows as one that has not answered for a while.
+away shows as one that has not answered for a while. Whether the controller itself goes on is
+another question: it waits for its store, and whoever starts it again in an outage mends nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sweeper.store.workers import WorkerRow
 
 ANSWER_S: Final = 30.0
 """A store that has not answered for so long is out of reach."""
+TURN_S: Final = 300.0
+"""A loop that has not come round for so long is stuck: a store that is away lets go sooner."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +45,18 @@ class Board:
     _snapshot: Snapshot = field(default_factory=Snapshot)
     _answered: float | None = None
     _problem: str = "the store has not answered yet"
+    _turned: float = field(default_factory=time.monotonic)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, snapshot: Snapshot) -> None:
         """The store has answered with this."""
         with self._lock:
             self._snapshot, self._answered, self._problem = snapshot, time.monotonic(), ""
+
+    def turn(self) -> None:
+        """The controller's loop has come round, whatever it found."""
+        with self._lock:
+            self._turned = time.monotonic()
 
     def complain(self, problem: str) -> None:
         """The store has not answered."""
@@ -73,6 +82,13 @@ class Board:
             return ""
         since = "" if silent_s is None else f"the store has been silent for {silent_s:.0f} s: "
         return since + (self._problem or "the controller is stuck")
+
+    @property
+    def stuck(self) -> str:
+        """Why the controller should be started again; empty where it goes on, or waits."""
+        with self._lock:
+            still_s = time.monotonic() - self._turned
+        return "" if still_s < TURN_S else f"the controller has been stuck for {still_s:.0f} s"
 
 
 class StoreCollector(Collector):

@@ -1,5 +1,7 @@
-"""``/healthz`` and ``/metrics`` of a controller, on one port.
+"""``/healthz``, ``/livez`` and ``/metrics`` of a controller, on one port.
 
+``/healthz`` says whether it can do its work, ``/livez`` whether it should be left to itself, as it
+should while its store is away.
 Nothing here is secret but the studies' names; it listens on 127.0.0.1 unless told otherwise.
 """
 
@@ -75,20 +77,24 @@ def _handler(board: Board) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             match self.path.partition("?")[0]:
                 case "/healthz":
-                    trouble = redacted(board.trouble)
-                    self._answer(
-                        503 if trouble else 200, trouble or "ok", "text/plain; charset=utf-8"
-                    )
+                    self._say(redacted(board.trouble))
+                case "/livez":
+                    self._say(board.stuck)
                 case "/metrics":
                     encode, kind = choose_encoder(self.headers.get("Accept", ""))
                     self._answer(200, encode(known), kind)
                 case _:
                     self._answer(
-                        404, "there are /healthz and /metrics here", "text/plain; charset=utf-8"
+                        404,
+                        "there are /healthz, /livez and /metrics here",
+                        "text/plain; charset=utf-8",
                     )
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def _say(self, trouble: str) -> None:
+            self._answer(503 if trouble else 200, trouble or "ok", "text/plain; charset=utf-8")
 
         def _answer(self, status: int, body: str | bytes, kind: str) -> None:
             content = body if isinstance(body, bytes) else f"{body}\n".encode()

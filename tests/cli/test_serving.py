@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from sweeper.cli import app
-from sweeper.errors import UsageError
+from sweeper import store
+from sweeper.cli import app, serving
+from sweeper.errors import StoreUnreachableError, UsageError
+from sweeper.service import board as boards
+from sweeper.service.board import Board
 from sweeper.settings import Settings
+from sweeper.worker import Signals
 
 SECRET = "postgresql+psycopg://me:geheim@127.0.0.1:1/sweeps"
 
@@ -71,6 +77,30 @@ def test_mlflow_is_beside_a_postgresql_store_and_in_the_home_folder_without() ->
     assert beside == "postgresql+psycopg://me:geheim@127.0.0.1:1/sweeps_mlflow"
     home = Settings.resolve(home="/h", environment={}).embedded_tracking_uri
     assert home == "sqlite:////h/mlflow.db"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["as it starts", "later"])
+def test_a_controller_that_waits_for_its_store_is_not_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    board, signals = Board(), Signals()
+    board._turned -= boards.TURN_S
+    assert board.stuck
+
+    def away(*_: object) -> Any:
+        signals.stop()
+        raise StoreUnreachableError
+
+    if before:
+        monkeypatch.setattr(store, "open_store", away)
+        assert serving._open(Settings.resolve(home=tmp_path), board, signals) is None
+    else:
+        service = SimpleNamespace(look_after=lambda: "")
+        finisher = SimpleNamespace(close=lambda _timeout_s: True)
+        watch: Any = SimpleNamespace(look=away, board=board, service=service, finisher=finisher)
+        serving._look_after(watch, signals)
+    assert board.trouble
+    assert not board.stuck
 
 
 def test_no_workers_is_said(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def test_a_controller_waits_for_its_store(
         address = re.search(r"http://[^/]+", cluster.log("controller"))[0]  # type: ignore[index]  # as above
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(f"{address}/healthz", timeout=10)
+        with urllib.request.urlopen(f"{address}/livez", timeout=10) as answer:
+            assert answer.status == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:

@@ -1,4 +1,4 @@
-"""``/healthz`` and ``/metrics``, asked over HTTP and read by Prometheus's own parser."""
+"""``/healthz``, ``/livez``, ``/metrics``, asked over HTTP and read by Prometheus's own parser."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ def test_health_follows_the_store(
     assert status == 503
     assert "refused" in said
     assert "geheim" not in said
+
+
+def test_a_controller_lives_while_its_loop_turns_whatever_the_store_does(
+    board: Board, endpoint: Endpoint
+) -> None:
+    board.complain("refused")
+    assert get(endpoint, "/healthz")[0] == 503
+    assert get(endpoint, "/livez") == (200, "ok\n")
+    board._turned -= boards.TURN_S
+    status, said = get(endpoint, "/livez")
+    assert (status, "stuck for 300 s" in said) == (503, True)
+    board.turn()
+    assert get(endpoint, "/livez") == (200, "ok\n")
 
 
 def test_metrics_are_what_the_board_shows(board: Board, endpoint: Endpoint) -> None:
