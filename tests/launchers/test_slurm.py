@@ -31,6 +31,7 @@ signal.signal(signal.SIGTERM, received)
 print('here', flush=True)
 time.sleep(600)
 """
+ENDS_AT_ONCE = "trap 'exit 143' TERM; exec 3<> <(:); echo here; read -u 3"
 SECRET = """it's "s3cr3t" 100% $HOME #1"""
 
 
@@ -343,6 +344,31 @@ def test_the_script_asks_for_what_the_study_file_says(tmp_path: Path) -> None:
     assert r'#SBATCH "--constraint=a \\ \"b\""' in script.splitlines()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert f"exec {sys.executable} -c " in script
+
+
+def test_a_worker_that_ends_the_moment_it_is_told_to_has_ended_well(tmp_path: Path) -> None:
+    """Thirty times, as bash loses the exit code of one in three."""
+    job = Job(argv=["bash", "-c", ENDS_AT_ONCE], logs=tmp_path)
+    script = batch_script(_group(tmp_path), job, 30)
+    for index in range(30):
+        names = {"ARRAY_JOB_ID": 1, "ARRAY_TASK_ID": index, "CPUS_PER_TASK": 1, "JOB_ID": 1}
+        numbers = {f"SLURM_{name}": str(number) for name, number in names.items()}
+        with subprocess.Popen(
+            ["bash", "-c", script],
+            env={**os.environ, **numbers},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"here\n"
+            file = tmp_path / f"slurm-1-{index}.lives"
+            until(lambda file=file: bool(lives_of(file).begun), every_s=0.01)
+            pid = lives_of(file).begun[0].pid
+            for each in (running.pid, pid):
+                os.kill(each, signal.SIGTERM)
+            assert running.wait(20) == 0
+        (life,) = lives_of(file).begun
+        assert life.exit_code == 0
 
 
 @pytest.mark.parametrize(
