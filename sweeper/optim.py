@@ -40,9 +40,10 @@ def make_optimizer(
     SGD, Adam and AdamW run as one fused kernel a step. On the CPU that takes 0.2 to 1.1 times as
     long as torch's default (measured with torch 2.15: Adam on an MLP 343 µs against 927).
 
-    With ``capturable`` the step may be captured in a CUDA graph, and the first one already: the
-    learning rate is a float32 tensor that :func:`set_lr` writes, and the state is allocated here,
-    because memory that a captured step allocates would be zeroed at every replay.
+    The state is there from the beginning, as zeros. torch would make it in the first step: where
+    loss scaling skips that one, a momentum of whatever the memory held; where a CUDA graph captures
+    it, memory that every replay zeroes. With ``capturable`` the step may be captured, the first one
+    already: the learning rate is a float32 tensor that :func:`set_lr` writes.
 
     Raises UsageError where there is nothing to train.
     """
@@ -53,8 +54,7 @@ def make_optimizer(
     if capturable:
         lr = torch.tensor(config.lr, dtype=torch.float32, device=trained[0].device)
     optimizer = _optimizer(config, trained, lr, graph_safe=capturable and trained[0].is_cuda)
-    if capturable:
-        _allocate_state(optimizer)
+    _allocate_state(optimizer)
     return optimizer
 
 

@@ -120,13 +120,14 @@ def test_a_capturable_optimizer_steps_like_the_other(name: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_capturable_optimizer_has_its_state_before_the_first_step(name: Any) -> None:
+def test_an_optimizer_has_its_state_before_the_first_step(name: Any, capturable: bool) -> None:
     parameter = one_parameter()
     gradient = torch.ones(3, dtype=torch.float64)
     parameter.grad = gradient
     config = OptimizerConfig(name=name, momentum=0.5, weight_decay=0.1)
-    optimizer = make_optimizer(config, [parameter], capturable=True)
+    optimizer = make_optimizer(config, [parameter], capturable=capturable)
     assert torch.equal(parameter, START)
     assert parameter.grad is gradient
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
@@ -136,6 +137,27 @@ def test_a_capturable_optimizer_has_its_state_before_the_first_step(name: Any) -
     optimizer.step()
     after = optimizer.state[parameter]
     assert all(after[key] is value for key, value in held.items()), "state was allocated anew"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_step_that_loss_scaling_skips_leaves_nothing(name: Any) -> None:
+    """It begins at a scale that most models overflow, and is halved until none does."""
+    config = OptimizerConfig(name=name, lr=0.1, momentum=0.5, weight_decay=0.01)
+    start = torch.ones(1000)
+    skipped, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    scaler = torch.amp.GradScaler("cpu")
+    junk = torch.full((1000,), 1e30)
+    del junk  # what torch allocates next begins with these numbers
+    by_scaling, by_itself = make_optimizer(config, [skipped]), make_optimizer(config, [plain])
+    for gradient in (math.inf, 1.0, 0.5):
+        skipped.grad = None
+        scaler.scale((skipped * gradient).sum()).backward()
+        scaler.step(by_scaling)
+        scaler.update()
+        if math.isfinite(gradient):
+            plain.grad = torch.full((1000,), gradient)
+            by_itself.step()
+        torch.testing.assert_close(skipped, plain)
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -37,17 +37,12 @@ def optimizer_state(
 
 @torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """Put ``saved`` back, in place where the optimizer has state, as a CUDA graph needs it.
+    """Put ``saved`` back, in place, as a CUDA graph needs it and a fused optimizer lays it out.
 
     State that ``saved`` lacks becomes zero: all optimizers here begin with zeros, and SGD's first
     momentum is the gradient, which a buffer of zeros makes as well.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not optimizer.state:
-        groups = optimizer.state_dict()["param_groups"]
-        laid = {position: _laid_like(parameters[position], saved[position]) for position in saved}
-        optimizer.load_state_dict({"state": laid, "param_groups": groups})
-        return
     for position, parameter in enumerate(parameters):
         before = saved.get(position, {})
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -56,19 +51,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[st
                     value.copy_(before[name])
                 else:
                     value.zero_()
-
-
-def _laid_like(parameter: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """``state`` in memory as ``parameter`` is: a fused optimizer goes through both side by side.
-
-    Another update may have kept it otherwise, a cohort's for one.
-    """
-    return {
-        name: torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
-        else value
-        for name, value in state.items()
-    }
 
 
 def _copied(value: Tensor, device: torch.device) -> Tensor:
