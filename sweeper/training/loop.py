@@ -78,7 +78,8 @@ class NetworkTraining(NetworkTrial, Training):
         """See :meth:`Trial.close`."""
         if self._engine is not None:
             self._engine.drop_graph()
-        self._engine = self._validation = self._best = None
+        self._engine = self._validation = None
+        self._forget_best()
 
     def _engine_state(self) -> dict[str, Any]:
         return self._open()[0].state()

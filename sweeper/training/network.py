@@ -28,7 +28,7 @@ class Pass:
     seconds: float
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Best:
     """The best epoch so far, with a copy of the model's state on the device."""
 
@@ -52,6 +52,7 @@ class NetworkTrial(Trial):
         self._schedule = make_schedule(config.optimizer, config.train.epochs)
         self._epoch = 0
         self._best: Best | None = None
+        self._room: dict[str, Tensor] | None = None
 
     @property
     def finished(self) -> bool:
@@ -87,8 +88,7 @@ class NetworkTrial(Trial):
         best = state["best"]
         self._best = None
         if best is not None:
-            weights = {name: value.to(self.device) for name, value in best["weights"].items()}
-            self._best = Best(epoch=best["epoch"], value=best["value"], weights=weights)
+            self._keep(best["weights"], epoch=best["epoch"], value=best["value"])
 
     @abstractmethod
     def _engine_state(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class NetworkTrial(Trial):
         self, trained: Pass, validated: Pass, further: Mapping[str, float] | None = None
     ) -> Measurement:
         """Count one more epoch, with the learning rate of the schedule; remember it if it is the
-        best."""
+        best. Where memory does not suffice nothing is counted."""
+        self._reserved()
         metrics = {
             "train_loss": trained.loss,
             "train_accuracy": trained.accuracy,
@@ -129,19 +130,26 @@ class NetworkTrial(Trial):
             self._remember(metrics)
         return measurement
 
+    def _reserved(self) -> dict[str, Tensor]:
+        """Memory for the best weights, taken where it is not yet."""
+        if self._room is None:
+            self._room = {name: torch.empty_like(value) for name, value in self._weights().items()}
+        return self._room
+
     def _remember(self, metrics: Mapping[str, float]) -> None:
         """Keep the weights if this epoch is the best."""
         best = self._best
-        if not self._beats(metrics, best.value if best else None):
-            return
-        state, value = self._weights(), metrics[self.objective[0]]
-        if best is None:
-            weights = {name: tensor.detach().clone() for name, tensor in state.items()}
-            self._best = Best(epoch=self._epoch, value=value, weights=weights)
-            return
-        best.epoch, best.value = self._epoch, value
-        for name, tensor in state.items():
-            best.weights[name].copy_(tensor)
+        if self._beats(metrics, best.value if best else None):
+            self._keep(self._weights(), epoch=self._epoch, value=metrics[self.objective[0]])
+
+    def _keep(self, weights: Mapping[str, Tensor], *, epoch: int, value: float) -> None:
+        kept = self._reserved()
+        for name, tensor in weights.items():
+            kept[name].copy_(tensor)
+        self._best = Best(epoch=epoch, value=value, weights=kept)
+
+    def _forget_best(self) -> None:
+        self._best = self._room = None
 
     def _decided(self) -> Best:
         """Raises TrainingClosedError, or TrialDivergedError where no epoch had a finite value."""

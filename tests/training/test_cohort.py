@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -101,6 +102,32 @@ def test_a_compiled_cohort_that_does_not_fit_gives_up_its_slots(
     assert len(cohort.epoch()) == 2
     assert len(engine.seats) == 2
     assert engine.is_compiled
+
+
+def test_members_are_where_they_were_after_an_epoch_whose_best_weights_do_not_fit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [
+        bench.config(index, varied(index, name, schedule={"name": "cosine"}))
+        for index, name in enumerate(["adam", "sgd", "momentum"])
+    ]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    original = Member._weights
+
+    def too_much(member: Member) -> Mapping[str, torch.Tensor]:
+        if member is members[1]:
+            raise torch.OutOfMemoryError("no room")
+        return original(member)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "_weights", too_much)
+        with pytest.raises(torch.OutOfMemoryError):
+            cohort.epoch()
+    assert not any(member.testable for member in members)
+    rounds = [dict(cohort.epoch()) for _ in range(3)]
+    for member in members:
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -29,6 +29,7 @@ from sweeper.training.cohort.rules import Way
 from sweeper.training.crew import Crew, LaneBrokenError
 from sweeper.training.engine import Engine
 from sweeper.training.lanes import Lane
+from sweeper.training.loop import NetworkTraining
 from sweeper.training.network import NetworkTrial
 from sweeper.training.turns import Steps, settled
 
@@ -230,6 +231,22 @@ def test_what_breaks_in_one_lane_stays_there(
     assert raised.value.members == [broken]
     assert isinstance(raised.value.__cause__, MemoryError)
     squad.crew.rewind([other])
+    squad.to_the_end()
+
+
+def test_a_member_whose_best_weights_do_not_fit_is_where_it_was(
+    bench: Bench, squad: Squad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = squad.join(bench.config(1, varied(1, "rmsprop", schedule={"name": "cosine"})))
+
+    def too_much(_: NetworkTraining) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NetworkTraining, "_weights", too_much)
+        with pytest.raises(LaneBrokenError):
+            squad.epoch()
+    assert not member.testable
     squad.to_the_end()
 
 

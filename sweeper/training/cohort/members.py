@@ -123,6 +123,9 @@ class Cohort:
                 epochs=[epoch for epoch, _ in plans], lrs=[lr for _, lr in plans]
             )
             validated = yield from engine.evaluation(self._validation)
+            for member in self._slots:  # what can fail, before any of them counts its epoch
+                if member is not None:
+                    member._reserved()
             measured = [
                 (member, member._concluded(one, other))
                 for member, one, other in zip(self._slots, trained, validated, strict=True)
@@ -247,7 +250,8 @@ class Member(NetworkTrial):
         """Leave the cohort. See :meth:`Trial.close`."""
         if self._seat is not None:
             self._cohort.leave(self)
-        self._seat = self._best = None
+        self._seat = None
+        self._forget_best()
 
     def _engine_state(self) -> dict[str, Any]:
         numbers, layout = self.seat.numbers, self._engine.layout
