@@ -71,13 +71,16 @@ class NetworkTrial(Trial):
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Trial.state_dict`."""
         engine, best = self._engine_state(), self._best
+        kept = {}
+        if best is not None:  # copied: the next epochs write into the memory of the best weights
+            kept = {name: value.to("cpu", copy=True) for name, value in best.weights.items()}
         return {
             "epoch": self._epoch,
             "engine": engine,
             "schedule": self._schedule.state_dict(),
             "best": None
             if best is None
-            else {"epoch": best.epoch, "value": best.value, "weights": self.best_weights()},
+            else {"epoch": best.epoch, "value": best.value, "weights": kept},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

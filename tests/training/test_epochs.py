@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import math
@@ -284,6 +285,25 @@ def test_a_restored_training_goes_on_as_if_nothing_had_happened(
     assert same(weights_of(resumed), weights_of(whole))
     assert same(resumed.best_weights(), whole.best_weights())
     assert resumed.test() == whole.test()
+
+
+def test_a_state_stays_as_it_was_while_training_goes_on(
+    make_config: MakeConfig, make_dataset: MakeDataset
+) -> None:
+    """A checkpoint is written in the background, and the epochs after it may be better ones."""
+    config = make_config(epochs=3)
+    training = ready(config, make_dataset(config), objective=("train_loss", False))
+    epochs = training.epochs()
+    next(epochs)
+    state = training.state_dict()
+    then = copy.deepcopy(state)
+    list(epochs)
+    assert training.test()["best_epoch"] == 3
+    torch.testing.assert_close(state, then, rtol=0, atol=0)
+    resumed = ready(config, make_dataset(config), objective=("train_loss", False))
+    resumed.load_state_dict(state)
+    list(resumed.epochs())
+    torch.testing.assert_close(state, then, rtol=0, atol=0)
 
 
 def test_a_mixer_learns_digits(make_config: MakeConfig) -> None:
