@@ -7,6 +7,7 @@ Letters as in the reports: C embedding width, N patches.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Annotated, Any, Literal
 
@@ -227,8 +228,8 @@ class Custom(_Model):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments for the factory."""
-        return dict(self.model_extra or {})
+        """The keyword arguments for the factory: a copy, which it may change."""
+        return copy.deepcopy(self.model_extra or {})
 
 
 FAMILIES: tuple[type[_Model], ...] = (Mlp, Mixer, Cnn, Resnet18, Vit, Timm, Svm)

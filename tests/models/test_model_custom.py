@@ -54,6 +54,12 @@ SOURCE = """
         def forward(self, x):
             return self.head(x.flatten(1)) * self.scale
 
+    def uses_up(widths):
+        layers = [nn.Flatten(), nn.Linear(192, widths[0])]
+        while len(widths) > 1:
+            layers.append(nn.Linear(widths.pop(0), widths[0]))
+        return nn.Sequential(*layers)
+
     def no_module():
         return [1, 2]
 
@@ -109,6 +115,13 @@ def test_arguments_of_the_section_come_before_those_of_the_data() -> None:
 
 def test_a_factory_of_keyword_arguments_gets_those_of_the_section_only() -> None:
     assert parameter_count(section("anything", hidden=2), SHAPE) == 193 * 2 + 15
+
+
+def test_a_factory_may_change_the_lists_it_gets() -> None:
+    config = section("uses_up", widths=[7, 6, 5])
+    counts = [parameter_count(config, SHAPE) for _ in range(2)]
+    assert counts == [193 * 7 + 8 * 6 + 7 * 5] * 2
+    assert config.arguments == {"widths": [7, 6, 5]}
 
 
 def test_layers_that_take_their_size_from_the_first_images_are_ready_to_train() -> None:
