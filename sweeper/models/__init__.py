@@ -6,10 +6,12 @@ vector machine is none of them; see :mod:`sweeper.models.svm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,12 +64,27 @@ def build(config: ModelConfig, shape: DataShape, *, seed: int | None = None) -> 
     device = torch.get_default_device()
     with ExitStack() as stack:
         if seed is not None:
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            torch.default_generator.manual_seed(seed)
+            stack.enter_context(_drawn_by(seed))
         stack.enter_context(torch.device("meta" if device.type == "meta" else "cpu"))
         model = _construct(config, shape)
         initialise(model, config.init)
     return model if device.type == "meta" else model.to(device)
+
+
+@contextmanager
+def _drawn_by(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, and those that a model of one's own may draw from: Python's and
+    NumPy's. All are put back at the end."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
 
 
 def parameter_count(config: ModelConfig, shape: DataShape) -> int:

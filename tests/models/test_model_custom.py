@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ from sweeper.models import build, check_custom, parameter_count
 
 SHAPE = DataShape(3, 8, 8, 5)
 SOURCE = """
+    import random
+    import numpy as np
     from functools import partial
     import torch
     from torch import nn
@@ -59,6 +63,13 @@ SOURCE = """
         while len(widths) > 1:
             layers.append(nn.Linear(widths.pop(0), widths[0]))
         return nn.Sequential(*layers)
+
+    def drawn_otherwise(classes):
+        head = nn.Linear(192, classes)
+        with torch.no_grad():
+            head.weight.copy_(torch.tensor(np.random.standard_normal((classes, 192))))
+            head.bias.fill_(random.random())
+        return nn.Sequential(nn.Flatten(), head)
 
     def no_module():
         return [1, 2]
@@ -138,6 +149,15 @@ def test_a_seed_decides_the_weights() -> None:
     first, again, other = (build(section("ByParts"), SHAPE, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.network[1].weight, again.network[1].weight)
     assert not torch.equal(first.network[1].weight, other.network[1].weight)
+
+
+def test_a_seed_decides_what_numpy_and_python_draw_and_leaves_their_generators_alone() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    first, again, other = (build(section("drawn_otherwise"), SHAPE, seed=s) for s in (1, 1, 2))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
+    for mine, another in zip(first.parameters(), other.parameters(), strict=True):
+        assert not torch.equal(mine, another)
 
 
 def test_a_check_builds_nothing() -> None:
