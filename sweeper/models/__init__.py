@@ -6,6 +6,7 @@ vector machine is none of them; see :mod:`sweeper.models.svm`.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -110,6 +111,7 @@ def _construct(config: ModelConfig, shape: DataShape) -> nn.Module:
     if isinstance(config, CustomConfig):
         model = custom(config, shape)
         _check_output(model, config.name, shape)
+        _check_in_training(model, config.name, shape)
         return model
     model = MODELS[config.name](config, shape)
     if isinstance(config, TimmConfig):
@@ -118,18 +120,34 @@ def _construct(config: ModelConfig, shape: DataShape) -> nn.Module:
     return model
 
 
-def _check_output(model: nn.Module, name: str, shape: DataShape, *, hint: str = "") -> None:
+def _check_in_training(model: nn.Module, name: str, shape: DataShape) -> None:
+    """As :func:`_check_output`, of a copy in training mode, as that may change running statistics.
+
+    A model that cannot be copied is not tried.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception:  # noqa: BLE001 - whatever a class of somebody else's raises
+        return
+    with _drawn_by(0):  # so that nobody else's draws change
+        _check_output(twin, name, shape, training=True)
+
+
+def _check_output(
+    model: nn.Module, name: str, shape: DataShape, *, training: bool = False, hint: str = ""
+) -> None:
     """Raise UsageError unless two blank images of ``shape`` give logits [2, classes]."""
     images_BCHW = torch.zeros(2, shape.channels, shape.height, shape.width)
-    training = model.training
-    model.eval()
+    before = model.training
+    model.train(training)
     must = f"model {name} must map images {list(images_BCHW.shape)} to logits [2, {shape.classes}]"
+    must += " in training mode too" if training else ""
     try:
         with torch.no_grad():
             logits = model(images_BCHW)
     except Exception as error:
         raise UsageError(f"{must}, but raised {type(error).__name__}: {error}{hint}") from error
-    model.train(training)
+    model.train(before)
     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != [2, shape.classes]:
         raise UsageError(f"{must}, but it gave {found}")

@@ -71,6 +71,19 @@ SOURCE = """
             head.bias.fill_(random.random())
         return nn.Sequential(nn.Flatten(), head)
 
+    class Auxiliary(nn.Module):
+        def __init__(self, classes, broken=False):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(192, classes)
+            self.drop = nn.Dropout()
+            self.broken = broken
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            logits = self.head(self.drop(self.norm(x)).flatten(1))
+            return (logits, logits) if self.training and self.broken else logits
+
     def no_module():
         return [1, 2]
 
@@ -158,6 +171,23 @@ def test_a_seed_decides_what_numpy_and_python_draw_and_leaves_their_generators_a
     torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
     for mine, another in zip(first.parameters(), other.parameters(), strict=True):
         assert not torch.equal(mine, another)
+
+
+def test_a_model_is_tried_in_training_mode_too() -> None:
+    with pytest.raises(UsageError, match=r"logits \[2, 5\] in training mode too, .* gave tuple"):
+        build(section("Auxiliary", broken=True), SHAPE, seed=0)
+
+
+def test_a_model_that_was_tried_is_as_it_was() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    parameter_count(section("Auxiliary"), SHAPE)
+    model = build(section("Auxiliary"), SHAPE, seed=0)
+    assert torch.equal(torch.rand(4), expected)
+    assert model.training
+    assert model.calls == 1
+    assert model.norm.num_batches_tracked == 0
 
 
 def test_a_check_builds_nothing() -> None:
