@@ -112,6 +112,7 @@ def _construct(config: ModelConfig, shape: DataShape) -> nn.Module:
         model = custom(config, shape)
         _check_output(model, config.name, shape)
         _check_in_training(model, config.name, shape)
+        _check_state(model, config.name)
         return model
     model = MODELS[config.name](config, shape)
     if isinstance(config, TimmConfig):
@@ -131,6 +132,17 @@ def _check_in_training(model: nn.Module, name: str, shape: DataShape) -> None:
         return
     with _drawn_by(0):  # so that nobody else's draws change
         _check_output(twin, name, shape, training=True)
+
+
+def _check_state(model: nn.Module, name: str) -> None:
+    """Raise UsageError where the state is not made of tensors, which checkpoints and best weights
+    are."""
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"model {name}: its state_dict() must hold tensors only, but {key!r} is a "
+                f"{type(value).__name__}; let get_extra_state return a tensor"
+            )
 
 
 def _check_output(

@@ -84,6 +84,13 @@ SOURCE = """
             logits = self.head(self.drop(self.norm(x)).flatten(1))
             return (logits, logits) if self.training and self.broken else logits
 
+    class Remembers(ByParts):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            pass
+
     def no_module():
         return [1, 2]
 
@@ -229,6 +236,7 @@ def test_wrong_names_and_arguments_are_explained(
         ("wrong_input", r"logits \[2, 5\], but raised RuntimeError"),
         ("several_outputs", r"logits \[2, 5\], but (it gave tuple|raised)"),
         ("breaks", "it raised RuntimeError: no such thing"),
+        ("Remembers", "must hold tensors only, but '_extra_state' is a dict; let get_extra_state"),
     ],
 )
 def test_a_factory_that_gives_no_fitting_model_is_explained(factory: str, message: str) -> None:
