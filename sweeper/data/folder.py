@@ -87,6 +87,13 @@ def _listing(root: Path) -> _Listing:
             f"{odd!r} is only in {where}; add {root / lacking / odd}, "
             f"or remove {root / where / odd}"
         )
+    if len(classes["train"]) == 1:
+        only = root / "train" / classes["train"][0]
+        raise DataNotFoundError(
+            f"an image folder must have two classes at least, but {only} is the only class folder "
+            f"of {root / 'train'}; add another one to train and test, or move the classes up where "
+            f"they are inside it"
+        )
     files: list[str] = []
     labels: list[int] = []
     digest = hashlib.sha256()

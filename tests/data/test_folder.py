@@ -224,6 +224,20 @@ def refuse_empty_class(root: Path) -> str:
     return r"every class folder must contain images .*train/ant contains none"
 
 
+def refuse_one_class(root: Path) -> str:
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "it's a dog")
+    return r"two classes at least, but .*/train/cat is the only class folder of .*/train; add"
+
+
+def refuse_one_folder_too_many(root: Path) -> str:
+    for part in ("train", "test"):
+        (root / part).rename(root / "classes")
+        (root / part / "images").mkdir(parents=True)
+        (root / "classes").rename(root / part / "images" / "classes")
+    return r"two classes at least, but .*/train/images is the only class folder"
+
+
 def refuse_no_test(root: Path) -> str:
     shutil.rmtree(root / "test")
     return r"/test cannot be read \(No such file or directory\); correct data.root"
@@ -250,6 +264,8 @@ def refuse_no_root(root: Path) -> str:
         (refuse_lacking_class, DataNotFoundError),
         (refuse_new_class, DataNotFoundError),
         (refuse_empty_class, DataNotFoundError),
+        (refuse_one_class, DataNotFoundError),
+        (refuse_one_folder_too_many, DataNotFoundError),
         (refuse_no_test, DataNotFoundError),
         (refuse_flat, DataNotFoundError),
         (refuse_no_root, DataNotFoundError),
