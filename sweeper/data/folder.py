@@ -134,8 +134,14 @@ def _class_folders(part: Path) -> tuple[str, ...]:
 
 
 def _image_files(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        images = [entry for entry in entries if _names_image(entry.name) and entry.is_file()]
+    try:
+        with os.scandir(folder) as entries:
+            images = [entry for entry in entries if _names_image(entry.name) and entry.is_file()]
+    except OSError as error:
+        raise DataNotFoundError(
+            f"every class folder must be readable, but {folder} cannot be read "
+            f"({error.strerror}); let this user read it, or remove it from both train and test"
+        ) from error
     if not images:
         raise DataNotFoundError(
             f"every class folder must contain images ({', '.join(sorted(IMAGE_SUFFIXES))}), but "

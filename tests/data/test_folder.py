@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -283,6 +284,21 @@ def test_what_is_wrong_is_named(
         load(root, nasty_folder)
     assert type(caught.value) is error
     assert caches(nasty_folder) == []
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(
+    image_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, original = image_folder(), os.scandir
+
+    def scandir(path: Path) -> object:  # tests may run as root, who may read everything
+        if Path(path).name == "cat":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataNotFoundError, match=r"train/cat cannot be read \(Permission denied\)"):
+        load(root, tmp_path)
 
 
 def test_a_colour_image_among_grey_ones_is_named(image_folder: Write, tmp_path: Path) -> None:
