@@ -1,9 +1,9 @@
 """Your own pictures: ``root/{train,test}/<class>/*``, decoded once and then mapped from a cache.
 
-The cache, ``<data folder>/cache/image_folder-<root>-<digest>.npy``, is named after the paths,
-sizes and modification times of all files, so that a changed folder is decoded anew. It appears
-under its name only when it is complete, and is mapped into memory, so that several workers share
-its pages.
+The cache, ``<data folder>/cache/image_folder-<root>-<digest>.npy``, is named after the paths and
+sizes of all files and the times when they were last written and replaced, so that a changed folder
+is decoded anew. It appears under its name only when it is complete, and is mapped into memory, so
+that several workers share its pages.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _listing(root: Path) -> _Listing:
         for label, name in enumerate(classes[part]):
             for entry in _image_files(root / part / name):
                 status = entry.stat()
-                told = f"{part}/{name}/{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\0"
+                times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+                told = f"{part}/{name}/{entry.name}\0{status.st_size}\0{times}\0"
                 digest.update(os.fsencode(told))
                 files.append(entry.path)
                 labels.append(label)

@@ -131,6 +131,19 @@ def test_a_stale_cache_is_replaced(
         assert np.array_equal(image.transpose(1, 2, 0), np.asarray(Image.open(file)))
 
 
+def test_another_picture_of_the_same_size_and_time_is_read(
+    image_folder: Write, tmp_path: Path
+) -> None:
+    """As copying with times leaves one."""
+    root = image_folder(suffix=".bmp")
+    file = root / "train" / "cat" / "00000.bmp"
+    before, status = load(root, tmp_path).train.images[0].copy(), file.stat()
+    Image.fromarray(255 - before.transpose(1, 2, 0)).save(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    assert np.array_equal(load(root, tmp_path).train.images[0], 255 - before)
+
+
 def test_the_caches_of_two_roots_live_side_by_side(
     image_folder: Write, nasty_folder: Path, tmp_path: Path
 ) -> None:
