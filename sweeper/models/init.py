@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sweeper.config.model import Init
+from sweeper.errors import UsageError
 
 
 def _kaiming_uniform(weight: Tensor) -> Tensor:
@@ -45,13 +46,22 @@ def initialise(model: nn.Module, init: Init) -> None:
 
     ``default`` leaves the model as it is, and so does a model on the meta device, which has no
     numbers. Norms, class tokens and position encodings are left alone.
+
+    Raises UsageError for a layer that computes its weight from others at every pass, as weight and
+    spectral normalization do: what is drawn would have no effect.
     """
     if init == "default":
         return
     draw = INITS[init]
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
+        if "weight" not in layer._parameters and "weight" not in layer._buffers:
+            raise UsageError(
+                f"model.init must be default where weights are computed from others at every pass, "
+                f"as those of layer {name!r} are, but got init={init}; draw them where the "
+                "model is made"
+            )
         if layer.weight.is_meta:
             continue
         with torch.no_grad():

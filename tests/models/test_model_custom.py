@@ -91,6 +91,11 @@ SOURCE = """
         def set_extra_state(self, state):
             pass
 
+    def normalized(classes, old=False):
+        layer = nn.Linear(192, classes)
+        normalize = nn.utils.spectral_norm if old else nn.utils.parametrizations.weight_norm
+        return nn.Sequential(nn.Flatten(), normalize(layer))
+
     def no_module():
         return [1, 2]
 
@@ -195,6 +200,14 @@ def test_a_model_that_was_tried_is_as_it_was() -> None:
     assert model.training
     assert model.calls == 1
     assert model.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_that_are_computed_cannot_be_drawn_anew(old: bool) -> None:
+    assert build(section("normalized", old=old), SHAPE)
+    for count in (parameter_count, build):
+        with pytest.raises(UsageError, match=r"must be default .* layer '1' are, but got init="):
+            count(section("normalized", old=old, init="orthogonal"), SHAPE)
 
 
 def test_a_check_builds_nothing() -> None:
