@@ -66,3 +66,11 @@ def test_images_must_be_left_to_train_on(data: dict[str, Any], images: str) -> N
         TrialConfig.model_validate({"data": data, "model": model})
     fewer = {**data, "validation": 49}
     assert TrialConfig.model_validate({"data": fewer, "model": model}).data.validation == 49
+
+
+def test_the_seed_of_circles_is_one_that_can_be_drawn_with() -> None:
+    data = {"name": "circles", "data_seed": 2**32 - 1}
+    assert TrialConfig.model_validate({"data": data, "model": {"name": "mlp"}})
+    with pytest.raises(ValidationError, match="data_seed"):
+        data["data_seed"] = 2**32
+        TrialConfig.model_validate({"data": data, "model": {"name": "mlp"}})

@@ -128,7 +128,7 @@ class Circles(Section):
     samples: int = Field(default=1000, ge=50)
     noise: float = Field(default=0.1, ge=0)
     factor: float = Field(default=0.5, gt=0, lt=1)
-    data_seed: int = Field(default=0, ge=0)
+    data_seed: int = Field(default=0, ge=0, lt=2**32)
     validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: int = Field(default=0, ge=0)
     standardize: Literal["none", "channel"] = "none"
