@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from sweeper.config import TrialConfig, shape_of
 from sweeper.config.data import Cifar10, Circles, Crop, Digits, training_images
 from sweeper.data.generated import circles, digits
+from sweeper.models import build
 
 
 def config(model: dict[str, Any], *augment: dict[str, Any]) -> TrialConfig:
@@ -66,6 +69,41 @@ def test_images_must_be_left_to_train_on(data: dict[str, Any], images: str) -> N
         TrialConfig.model_validate({"data": data, "model": model})
     fewer = {**data, "validation": 49}
     assert TrialConfig.model_validate({"data": fewer, "model": model}).data.validation == 49
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "needs"),
+    [
+        ("digits", {"name": "mlp", "norm": "batch"}, True),
+        ("digits", {"name": "mlp", "norm": "batch", "layers": 0}, False),
+        ("digits", {"name": "mlp", "norm": "layer"}, False),
+        ("digits", {"name": "mixer", "patch": 8, "norm": "batch"}, True),
+        ("digits", {"name": "mixer", "patch": 8, "stem_norm": "batch"}, True),
+        ("digits", {"name": "mixer", "patch": 8, "final_norm": "batch"}, True),
+        ("digits", {"name": "mixer", "patch": 8}, False),
+        ("digits", {"name": "mixer", "patch": 4, "norm": "batch"}, False),
+        ("digits", {"name": "cnn", "batch_norm": True}, False),
+        ("digits", {"name": "resnet18"}, True),
+        ("mnist", {"name": "resnet18"}, False),
+        ("cifar10", {"name": "resnet18", "stem": "imagenet"}, True),
+        ("digits", {"name": "vit", "patch": 8}, False),
+    ],
+)
+def test_batch_normalization_of_one_image_is_refused_where_training_would_fail(
+    data: str, model: dict[str, Any], needs: bool
+) -> None:
+    sections = {"data": {"name": data}, "model": model, "train": {"batch_size": 2}}
+    two = TrialConfig.model_validate(sections)
+    shape = shape_of(two.data)
+    assert shape is not None
+    network = build(two.model, shape, seed=0).train()
+    one_image = torch.zeros(1, shape.channels, shape.height, shape.width)
+    with pytest.raises(ValueError, match="more than 1 value") if needs else nullcontext():
+        network(one_image)
+    sections["train"] = {"batch_size": 1}
+    message = "train.batch_size must be at least 2 .* but got 1"
+    with pytest.raises(ValidationError, match=message) if needs else nullcontext():
+        TrialConfig.model_validate(sections)
 
 
 def test_the_seed_of_circles_is_one_that_can_be_drawn_with() -> None:

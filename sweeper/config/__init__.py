@@ -64,3 +64,13 @@ class TrialConfig(Section):
                 "because it is fitted to whole images; leave out the crop's size"
             )
         return self
+
+    @model_validator(mode="after")
+    def _batches_can_be_normalized(self) -> Self:
+        shape = shape_of(self.data)
+        if shape is not None and self.train.batch_size == 1 and self.model.needs_batches(shape):
+            raise ValueError(
+                "train.batch_size must be at least 2 where batch normalization gets one number a "
+                f"channel of an image, as here in model {self.model.name}, but got 1"
+            )
+        return self

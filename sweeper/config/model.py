@@ -67,6 +67,10 @@ class _Model(Section):
     def check(self, shape: DataShape) -> None:
         """Raise ValueError where the model cannot take images of ``shape``."""
 
+    def needs_batches(self, shape: DataShape) -> bool:
+        """Whether batch normalization would get a single number a channel of one image."""
+        return False
+
 
 class Mlp(_Model):
     """Flatten, ``layers`` times (linear, norm, activation, dropout), linear.
@@ -81,6 +85,9 @@ class Mlp(_Model):
     activation: Activation = "relu"
     norm: Literal["none", "batch", "layer"] = "none"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def needs_batches(self, shape: DataShape) -> bool:
+        return self.norm == "batch" and self.layers > 0
 
 
 class Mixer(_Model):
@@ -112,6 +119,10 @@ class Mixer(_Model):
 
     def check(self, shape: DataShape) -> None:
         _check_patch(self.patch, shape)
+
+    def needs_batches(self, shape: DataShape) -> bool:
+        one_patch = shape.height == shape.width == self.patch
+        return one_patch and "batch" in {self.norm, self.stem_norm, self.final_norm}
 
 
 class Cnn(_Model):
@@ -154,6 +165,10 @@ class Resnet18(_Model):
 
     name: Literal["resnet18"]
     stem: Literal["cifar", "imagenet"] = "cifar"
+
+    def needs_batches(self, shape: DataShape) -> bool:
+        shrinks_by = 8 if self.stem == "cifar" else 32
+        return max(shape.height, shape.width) <= shrinks_by
 
 
 class Vit(_Model):
