@@ -10,16 +10,20 @@
 ``auto``          bfloat16 on CUDA, else float32
 ================  =============================  ================  ==============
 
-The loss is computed in float32 at least (`sweeper.optim.make_loss`).
+The loss is computed in float32 at least (`sweeper.optim.make_loss`). So are, with ``bfloat16`` on a
+CPU, convolutions whose kernel or stride is larger than their image (:func:`widen_convolutions`).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from sweeper.config import TrainConfig
 
@@ -66,3 +70,29 @@ def precision_of(train: TrainConfig, device: torch.device) -> Precision:
         dtype=torch.float64 if name == "float64" else torch.float32,
         autocast={"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name),
     )
+
+
+def widen_convolutions(model: nn.Module, precision: Precision) -> None:
+    """Let some convolutions of ``model`` run in float32 where bfloat16 goes wrong, on a CPU.
+
+    With a kernel or a stride larger than the image, oneDNN (torch 2.15) does not always write the
+    gradient of that part of a kernel which meets padding only: it is what the memory held, infinite
+    at times, and never twice the same.
+    """
+    if precision.device_type != "cpu" or precision.autocast is not torch.bfloat16:
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            forward = partial(_convolved, layer, layer.forward)
+            layer.forward = forward  # type: ignore[method-assign]  # of this layer alone
+
+
+def _convolved(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    reaches = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    sides = x.shape[-len(reaches) :]
+    if all(max(step) <= side for *step, side in zip(reaches, layer.stride, sides, strict=True)):
+        return forward(x)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x.float())

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from sweeper.config import TrialConfig
 from sweeper.optim import make_optimizer, set_lr
 from sweeper.training.compiling import compiled
-from sweeper.training.precision import Precision
+from sweeper.training.precision import Precision, widen_convolutions
 from sweeper.training.rows import fits
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import (
@@ -68,9 +68,11 @@ def make_update(
     precision: Precision,
     memory_format: torch.memory_format,
 ) -> Update:
-    """The update of ``model``, whose parameters may become views of other memory."""
+    """The update of ``model``, whose parameters may become views of other memory, and whose
+    convolutions may be widened."""
     if in_rows(config, precision):
         return RowUpdate(model, config, precision=precision, memory_format=memory_format)
+    widen_convolutions(model, precision)  # not in rows, whose weights come in bfloat16
     return TorchUpdate(model, config, precision=precision)
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from sweeper.config import TrialConfig
+from sweeper.config import TrainConfig, TrialConfig
 from sweeper.data import Dataset, Part, load
 from sweeper.errors import TrialDivergedError, UsageError
 from sweeper.measurement import EPOCH_METRICS, FINAL_METRICS, Measurement
 from sweeper.training import Interrupted, TrainingClosedError, best_device, prepare
 from sweeper.training.base import Training
 from sweeper.training.loop import NetworkTraining
+from sweeper.training.precision import precision_of, widen_convolutions
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., TrialConfig]
@@ -325,6 +327,44 @@ def test_every_precision_learns(
     assert last.metrics["train_loss"] < first.metrics["train_loss"]
     assert last.metrics["val_accuracy"] > 0.5
     assert training.notes["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "channels", "side"),
+    [(3, 2, 64, 1), (5, 1, 128, 1), (7, 1, 256, 2), (3, 4, 64, 3)],
+)
+def test_kernels_that_meet_padding_only_have_their_gradient_in_bfloat16_too(
+    kernel: int, stride: int, channels: int, side: int
+) -> None:
+    """oneDNN leaves parts of it as the memory was; what is freed here is what it gets next."""
+    layer = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, bias=False)
+    x_BCHW = torch.randn(17, channels, side, side)
+    (expected,) = torch.autograd.grad(layer(x_BCHW).square().mean(), layer.parameters())
+    precision = precision_of(TrainConfig(precision="bfloat16"), CPU)
+    widen_convolutions(layer, precision)
+    for _ in range(4):
+        junk = [torch.full_like(expected, 1e30) for _ in range(3)]
+        del junk
+        with precision.forward():
+            y_BCHW = layer(x_BCHW)
+        (found,) = torch.autograd.grad(y_BCHW.float().square().mean(), layer.parameters())
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.std()))
+    with precision.forward():
+        assert layer(torch.randn(2, channels, 7, 7)).dtype == torch.bfloat16
+
+
+def test_a_trial_in_bfloat16_has_them_too(
+    make_config: MakeConfig, make_dataset: MakeDataset
+) -> None:
+    model = {"name": "cnn", "channels": [4, 4], "hidden": 8}
+    config = make_config(model, precision="bfloat16", epochs=1)
+    training = ready(config, make_dataset(config))
+    assert len(list(training.epochs())) == 1
+    engine = training._open()[0]
+    convolution = engine.model.stages[1][0]
+    with engine.precision.forward():
+        assert convolution(torch.zeros(1, 4, 4, 4)).dtype == torch.float32
+        assert convolution(torch.zeros(1, 4, 5, 5)).dtype == torch.bfloat16
 
 
 def test_clipping_bounds_what_a_step_moves(
