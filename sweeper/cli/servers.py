@@ -156,14 +156,14 @@ def ui(
 
 
 def sync(store: StoreOption = None, home: HomeOption = None) -> None:
-    """Send to MLflow what could not reach it."""
+    """Send to MLflow what could not reach it, and what it refused once more."""
     from sweeper.service.agreement import settle_all
     from sweeper.tracking import TrackingService
 
     settings = Settings.resolve(home=home, store=store)
     refuse_tracking_uri(settings.tracking_uri)
     with TrackingService(settings) as service:
-        sent = service.replay()
+        sent = service.replay(refused_too=True)
         ended = 0 if sent.problem else settle_all(settings)
     sys.stdout.write(
         f"{sent.delivered} records sent, {sent.rejected} refused by MLflow, {sent.left} left"

@@ -6,7 +6,8 @@ Files of a journal ``NAME`` in the spool folder:
 ``NAME.jsonl``           the records, one a line; its writer holds a lock on it while it lives
 ``NAME.shipped``         how many bytes of it have arrived at the server
 ``NAME.files/…/``        the artifacts of the records, copied
-``NAME.rejected.jsonl``  what the server refuses for good, with the reason; kept for people
+``NAME.rejected.jsonl``  what the server refuses, with the reason; kept for people, and sent again
+                         when they ask for it
 ======================== ======================================================================
 
 A record is written with one call and without a buffer, so a killed process loses at most the line
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sweeper.private import private_file, private_folder, private_opener
+from sweeper.tracking import records
 from sweeper.tracking.records import Record
 
 _SUFFIX: Final = ".jsonl"
@@ -80,18 +82,18 @@ class JournalFiles:
             if block and b"\n" not in block:
                 block += stream.readline()
         block = block[: block.rfind(b"\n") + 1]
-        records, torn = [], 0
+        found, torn = [], 0
         for line in block.split(b"\n"):
             if not line:
                 continue
             try:
-                records.append(Record.parse(line))
+                found.append(Record.parse(line))
             except ValueError:
                 torn += 1
-        return Chunk(records=tuple(records), end=offset + len(block), torn=torn)
+        return Chunk(records=tuple(found), end=offset + len(block), torn=torn)
 
     def set_aside(self, refused: Mapping[str, Any]) -> None:
-        """Keep what the server refuses, for people to look at."""
+        """Keep what the server refuses, for people to look at and :func:`reopen` to send again."""
         with open(self.rejected_file, "a", encoding="utf-8", opener=private_opener) as stream:
             stream.write(json.dumps(refused) + "\n")
 
@@ -191,6 +193,62 @@ def left_behind(folder: Path) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):
         paths.sort(key=lambda path: path.stat().st_mtime)
     return paths
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A file of what the server refused: how many lines it has, of which experiments, and the
+    reason of the first."""
+
+    path: Path
+    count: int
+    experiments: frozenset[str]
+    reason: str
+
+
+def refused(folder: Path) -> list[Refused]:
+    """What the server refused of the journals in the spool folder, file by file."""
+    found = []
+    for path in sorted(folder.glob(f"*{_REJECTED}")):
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        entries = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+        if lines:
+            found.append(
+                Refused(
+                    path=path,
+                    count=len(lines),
+                    experiments=frozenset(str(entry.get("experiment")) for entry in entries),
+                    reason=str(entries[0].get("reason", "")) if entries else "",
+                )
+            )
+    return found
+
+
+def reopen(folder: Path) -> None:
+    """Make what the server refused a journal again, where the one that it comes from is done with.
+
+    What it refuses once more is set aside once more.
+    """
+    for path in folder.glob(f"*{_REJECTED}"):
+        with claimed(path) as mine:
+            journal = JournalFiles(path.with_name(path.name.removesuffix(_REJECTED) + _SUFFIX))
+            if mine is None or journal.path.exists():
+                continue
+            unknown_ms = int(path.stat().st_mtime * 1000)
+            journal.shipped_file.unlink(missing_ok=True)
+            hidden = journal.path.with_suffix(".new")
+            with open(hidden, "wb", opener=private_opener) as stream:
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    with contextlib.suppress(ValueError):  # a line that a killed process cut off
+                        for record in records.refused(line, unknown_ms):
+                            stream.write(record.line())
+            hidden.replace(journal.path)
+            path.unlink()
 
 
 def pending(folder: Path) -> tuple[int, int]:

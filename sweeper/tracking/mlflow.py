@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ _QUIET: Final[Mapping[str, str]] = {
 }
 _TRAINING: Final = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow's pages show runs and models rather than prompts and traces."""
+_ASKED_TAG: Final = "sweeper.asked"
+"""Of an experiment: when the server was last asked whether it is well."""
+
 _LATER: Final = frozenset(
     {
         "TEMPORARILY_UNAVAILABLE",
@@ -53,7 +57,8 @@ _LATER: Final = frozenset(
 
 
 class ServerFailedError(TrackerUnreachableError):
-    """The MLflow server answers that it failed: once is chance, always is the record's fault."""
+    """The MLflow server answers that it failed: at one record each time while it is well otherwise,
+    and it is the record's fault; else the server's, which may be well later."""
 
 
 def load() -> None:
@@ -115,6 +120,13 @@ def experiment_id(client: MlflowClient, name: str) -> str:
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
+
+
+def write_and_read(client: MlflowClient, experiment: str) -> None:
+    """Change the experiment of that id a little and read it: whether the server does either."""
+    with translated("write a tag of the experiment and read it"):
+        client.set_experiment_tag(experiment, _ASKED_TAG, str(time.time_ns()))
+        client.get_experiment(experiment)
 
 
 def find_run(client: MlflowClient, experiment: str, key: str) -> Run | None:

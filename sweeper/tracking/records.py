@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -41,24 +41,21 @@ class Record:
     time_ms: int
     data: Mapping[str, Any]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON has it."""
+        return {
+            "n": self.number,
+            "kind": self.kind,
+            "key": self.key,
+            "experiment": self.experiment,
+            "started_ms": self.started_ms,
+            "time_ms": self.time_ms,
+            "data": self.data,
+        }
+
     def line(self) -> bytes:
         """The record as one line of JSON, newline included. NaN is written as ``NaN``."""
-        return (
-            json.dumps(
-                {
-                    "n": self.number,
-                    "kind": self.kind,
-                    "key": self.key,
-                    "experiment": self.experiment,
-                    "started_ms": self.started_ms,
-                    "time_ms": self.time_ms,
-                    "data": self.data,
-                },
-                separators=(",", ":"),
-                default=str,
-            ).encode()
-            + b"\n"
-        )
+        return json.dumps(self.as_dict(), separators=(",", ":"), default=str).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> Self:
@@ -76,3 +73,42 @@ class Record:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a journal line must be a record, but {error!r}") from error
+
+
+def refused(line: str, unknown_ms: int) -> list[Record]:
+    """The records of a line in a file of refused ones: a whole record, or a part of a batch.
+
+    Those of older versions lack times, for which ``unknown_ms`` stands, and have what belongs to
+    ``data`` beside the rest. Raises ValueError for a line that is none.
+    """
+    raw = json.loads(line)
+    try:
+        raw.pop("reason", None)
+        kind = Kind(raw.pop("kind")) if "kind" in raw else None
+        whole = Record(
+            number=0,
+            kind=kind or Kind.NOTE,
+            key=str(raw.pop("key")),
+            experiment=str(raw.pop("experiment")),
+            started_ms=int(raw.pop("started_ms", 0)),
+            time_ms=int(raw.pop("time_ms", unknown_ms)),
+            data=raw.get("data", raw),
+        )
+        if kind is not None:
+            only_its_data_set = kind is Kind.START and "name" not in whole.data
+            return [replace(whole, kind=Kind.NOTE) if only_its_data_set else whole]
+        points = raw.pop("metrics", ())
+        return [whole] * bool(raw.get("params") or raw.get("tags")) + [
+            replace(
+                whole,
+                kind=Kind.LOG,
+                time_ms=int(point["time_ms"]),
+                data={
+                    "metrics": {str(point["name"]): float(point["value"])},
+                    "step": int(point["step"]),
+                },
+            )
+            for point in points
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a line must be what was refused, but {error!r}") from error

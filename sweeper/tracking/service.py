@@ -87,9 +87,9 @@ class TrackingService:
             return self._server.ensure()
         return str(self._settings.tracking_uri)
 
-    def replay(self) -> Replayed:
-        """Send what dead processes left in the spool."""
-        return replay(self._settings.spool, self.wait())
+    def replay(self, *, refused_too: bool = False) -> Replayed:
+        """Send what dead processes left in the spool, and what MLflow refused if that is wanted."""
+        return replay(self._settings.spool, self.wait(), refused_too=refused_too)
 
     def experiment_id(self, study: str) -> str | None:
         """The id of a study's experiment, or None where the server cannot tell."""

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sweeper.errors import TrackerRefusedError
+from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
 from sweeper.private import private_opener
 from sweeper.settings import RUN_KEY_TAG, STARTED_TAG
 from sweeper.tracking import mlflow
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 PATIENCE: Final = 10
-"""How often the server may fail at the same records before they count as refused."""
+"""How often a server that is well otherwise may fail at the same records before they count as
+refused."""
 
 _AWAY_S: Final = 20.0
 """Who has sent nothing for so long looks again what the server has of a run."""
@@ -88,13 +89,12 @@ class Shipper:
                 run.steps = {}
         try:
             for record in records:
-                with self._refusals(record, record.data):
+                with self._refusals(record):
                     self._send(record, arrived)
             for place in self._runs.keys() & self._dirty:
                 self._flush(place)
             self._dirty.clear()
-        except Exception as error:
-            self._failures += isinstance(error, ServerFailedError)
+        except Exception:
             self._dirty.clear()  # the records come again, and what was gathered with them
             self._runs.clear()
             raise
@@ -108,13 +108,13 @@ class Shipper:
         self._gather(place, run, record)
         if record.kind is Kind.FILE:
             file = self._spool / record.data["file"]
-            with self._call():
+            with self._content(record.experiment):
                 mlflow.log_artifact(self.client, run.run_id, file, record.data["folder"])
             arrived.append(file)
         if record.kind is Kind.END:
             self._flush(place)
             if record.started_ms >= run.started_ms:
-                with self._call():
+                with self._content(record.experiment):
                     mlflow.set_status(
                         self.client, run.run_id, record.data["status"], end_time_ms=record.time_ms
                     )
@@ -128,8 +128,7 @@ class Shipper:
 
     def _experiment(self, name: str) -> str:
         if name not in self._experiments:
-            with self._call():
-                self._experiments[name] = mlflow.experiment_id(self.client, name)
+            self._experiments[name] = mlflow.experiment_id(self.client, name)
         return self._experiments[name]
 
     def _run(self, place: _Place) -> _Run:
@@ -137,8 +136,7 @@ class Shipper:
         if place in self._runs:
             return self._runs[place]
         experiment, key = place
-        with self._call():
-            found = mlflow.find_run(self.client, self._experiment(experiment), key)
+        found = mlflow.find_run(self.client, self._experiment(experiment), key)
         if found is None:
             raise TrackerRefusedError(
                 f"the experiment {experiment!r} must have a run {key}, but it has none (deleted?)"
@@ -158,7 +156,7 @@ class Shipper:
         if place in self._runs:
             self._flush(place)
         experiment = self._experiment(record.experiment)
-        with _one_at_a_time(self._spool), self._call():
+        with _one_at_a_time(self._spool):
             found = mlflow.find_run(self.client, experiment, record.key)
             if found is None:
                 run = self._runs[place] = self._create(experiment, record)
@@ -176,13 +174,13 @@ class Shipper:
         return run
 
     def _create(self, experiment: str, record: Record) -> _Run:
-        started = {RUN_KEY_TAG: record.key, STARTED_TAG: str(record.started_ms)}
+        """A new run, with nothing that the server may refuse: all the rest depends on it."""
         run_id = mlflow.create_run(
             self.client,
             experiment,
             name=record.data["name"],
             start_time_ms=record.time_ms,
-            tags={**record.data["tags"], **started},
+            tags={RUN_KEY_TAG: record.key, STARTED_TAG: str(record.started_ms)},
         )
         return _Run(run_id=run_id, started_ms=record.started_ms, steps=None)
 
@@ -192,8 +190,7 @@ class Shipper:
         self._dirty.add(place)
         tags = data.get("tags", {})
         if tags and record.started_ms < run.started_ms:
-            with self._call():
-                present = mlflow.get_run(self.client, run.run_id).data.tags
+            present = mlflow.get_run(self.client, run.run_id).data.tags
             tags = {name: value for name, value in tags.items() if name not in present}
         run.pending.tags.update(tags)
         for name, value in data.get("params", {}).items():
@@ -207,7 +204,8 @@ class Shipper:
                     Point(name=name, value=value, time_ms=record.time_ms, step=step)
                 )
         if data.get("dataset"):
-            with self._refusals(record, {"dataset": data["dataset"]}), self._call():
+            alone = replace(record, kind=Kind.NOTE, data={"dataset": data["dataset"]})
+            with self._refusals(alone), self._content(record.experiment):
                 mlflow.log_dataset(self.client, run.run_id, data["dataset"])
 
     def _is_new(self, run: _Run, metric: str, step: int) -> bool:
@@ -215,8 +213,7 @@ class Shipper:
         if run.steps is None:
             return True
         if metric not in run.steps:
-            with self._call():
-                run.steps[metric] = mlflow.steps_of(self.client, run.run_id, metric)
+            run.steps[metric] = mlflow.steps_of(self.client, run.run_id, metric)
         new = step not in run.steps[metric]
         run.steps[metric].add(step)
         return new
@@ -226,20 +223,17 @@ class Shipper:
         pending, run.pending = run.pending, Batch()
         for batch in batches(pending.metrics, pending.params, pending.tags):
             try:
-                self._log(run, batch)
+                self._log(place, run, batch)
             except TrackerRefusedError as error:
                 if len(batch) > 1 and self._is_active(run):
                     self._search(place, run, batch)
                 else:
-                    self._reject(place, batch.as_dict(), error)
+                    self._reject_batch(place, run, batch, error)
 
     def _is_active(self, run: _Run) -> bool:
         """False for a run that people deleted meanwhile: it takes nothing any more."""
         try:
-            with self._call():
-                return bool(
-                    mlflow.get_run(self.client, run.run_id).info.lifecycle_stage == "active"
-                )
+            return bool(mlflow.get_run(self.client, run.run_id).info.lifecycle_stage == "active")
         except TrackerRefusedError:
             return False
 
@@ -247,39 +241,54 @@ class Shipper:
         """Send a refused batch in ever smaller parts, until the refused entry is alone."""
         for half in halves(batch):
             try:
-                self._log(run, half)
+                self._log(place, run, half)
             except TrackerRefusedError as error:
                 if len(half) > 1:
                     self._search(place, run, half)
                 else:
-                    self._reject(place, half.as_dict(), error)
+                    self._reject_batch(place, run, half, error)
 
-    def _log(self, run: _Run, batch: Batch) -> None:
-        with self._call():
+    def _log(self, place: _Place, run: _Run, batch: Batch) -> None:
+        with self._content(place[0]):
             mlflow.log_batch(self.client, run.run_id, batch)
 
     @contextlib.contextmanager
-    def _call(self) -> Iterator[None]:
-        """A call that keeps failing inside the server counts as refused, or it would block."""
+    def _content(self, experiment: str) -> Iterator[None]:
+        """A call whose content the server may fail at, each time: then it counts as refused, or it
+        would block. A server that fails at everything is waited for."""
         try:
             yield
         except ServerFailedError as error:
-            if self._failures < PATIENCE:
+            self._failures = self._failures + 1 if self._is_well(experiment) else 0
+            if self._failures <= PATIENCE:
                 raise
             raise TrackerRefusedError(str(error)) from error
 
+    def _is_well(self, experiment: str) -> bool:
+        """Whether the server takes and gives what nobody can have spoilt."""
+        try:
+            mlflow.write_and_read(self.client, self._experiment(experiment))
+        except (TrackerUnreachableError, TrackerRefusedError):
+            return False
+        return True
+
     @contextlib.contextmanager
-    def _refusals(self, record: Record, what: Mapping[str, Any]) -> Iterator[None]:
+    def _refusals(self, record: Record) -> Iterator[None]:
         try:
             yield
         except TrackerRefusedError as error:
-            place = (record.experiment, record.key)
-            self._reject(place, {"kind": record.kind, **what}, error)
+            self._reject(record.key, record.as_dict(), error)
 
-    def _reject(self, place: _Place, what: Mapping[str, Any], error: TrackerRefusedError) -> None:
+    def _reject_batch(
+        self, place: _Place, run: _Run, batch: Batch, error: TrackerRefusedError
+    ) -> None:
         experiment, key = place
+        what = {"experiment": experiment, "key": key, "started_ms": run.started_ms}
+        self._reject(key, {**what, **batch.as_dict()}, error)
+
+    def _reject(self, key: str, what: Mapping[str, Any], error: TrackerRefusedError) -> None:
         self.rejected += 1
-        self._set_aside({"experiment": experiment, "key": key, "reason": str(error), **what})
+        self._set_aside({"reason": str(error), **what})
         level = logging.DEBUG if key in self._warned else logging.WARNING
         self._warned.add(key)
         _log.log(level, "MLflow refuses a part of the run %s, it is set aside: %s", key, error)

@@ -16,14 +16,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from sweeper.errors import TrackerUnreachableError
 from sweeper.private import private_folder
 from sweeper.settings import NONFINITE_TAG, worker_name
-from sweeper.tracking.journal import Journal, JournalFiles, claimed, left_behind
+from sweeper.tracking.journal import Journal, JournalFiles, claimed, left_behind, reopen
 from sweeper.tracking.mlflow import ServerFailedError
 from sweeper.tracking.protocol import STATUSES, Nonfinite, RunStart, plain, text
 from sweeper.tracking.records import Kind, Record
@@ -315,11 +315,27 @@ class Replayed:
     problem: str | None = None
 
 
-def replay(folder: Path, tracking_uri: str, *, on_run_id: RunIdCallback | None = None) -> Replayed:
+def replay(
+    folder: Path,
+    tracking_uri: str,
+    *,
+    on_run_id: RunIdCallback | None = None,
+    refused_too: bool = False,
+) -> Replayed:
     """Send what processes that are gone left in the spool ``folder``, and delete their journals.
 
+    With ``refused_too`` also what the server refused before: it may take it now.
     Safe beside live workers and beside another replay: a journal belongs to who has its lock.
     """
+    sent = _replay(folder, tracking_uri, on_run_id)
+    if not refused_too or sent.problem:
+        return sent
+    reopen(folder)
+    again = _replay(folder, tracking_uri, on_run_id)
+    return replace(again, delivered=sent.delivered + again.delivered, torn=sent.torn + again.torn)
+
+
+def _replay(folder: Path, tracking_uri: str, on_run_id: RunIdCallback | None) -> Replayed:
     delivered = rejected = left = torn = live = 0
     problem: str | None = None
     for path in left_behind(folder):

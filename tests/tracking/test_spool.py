@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import logging
 import os
@@ -10,14 +12,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sweeper.errors import TrackerRefusedError
 from sweeper.settings import RUN_KEY_TAG
-from sweeper.tracking import RunStart, SpoolTracker, replay, shipping
+from sweeper.tracking import RunStart, SpoolTracker, journal, replay, shipping
 from sweeper.tracking import mlflow as server
 from sweeper.tracking.batch import Batch
 from sweeper.tracking.journal import left_behind
@@ -291,6 +296,141 @@ def test_a_record_at_which_the_server_fails_each_time_is_set_aside_in_the_end(
     assert history(mlflow_server, start.experiment) == {
         start.key: [(epoch, float(epoch)) for epoch in range(1, 6)]
     }
+
+
+@contextlib.contextmanager
+def failing_server(target: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """A way to the MLflow server, which answers everything with HTTP ``mode["code"]`` if that is
+    not 0."""
+    mode = {"code": 0, "asked": 0}
+
+    class Between(http.server.BaseHTTPRequestHandler):
+        def _pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if mode["code"]:
+                mode["asked"] += 1
+                code, answer = mode["code"], b"<html>maintenance</html>"
+            else:
+                request = urllib.request.Request(
+                    target + self.path,
+                    data=body or None,
+                    method=self.command,
+                    headers={"Content-Type": self.headers.get("Content-Type", "")},
+                )
+                try:
+                    with urllib.request.urlopen(request) as reply:
+                        code, answer = reply.status, reply.read()
+                except urllib.error.HTTPError as error:
+                    code, answer = error.code, error.read()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST = do_PATCH = do_PUT = _pass_on  # noqa: N815 - the library's names
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Between) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}", mode
+        web.shutdown()
+
+
+@pytest.mark.parametrize("code", [500, 400, 200])
+def test_a_server_that_fails_at_everything_is_waited_for(
+    code: int, mlflow_server: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a database that is read-only for some minutes, or a page of maintenance."""
+    monkeypatch.setattr("sweeper.tracking.spool._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("sweeper.tracking.spool._LONGEST_PAUSE_S", 0.01)
+    old, new = begin(1), begin(2)
+    with (
+        failing_server(mlflow_server) as (address, mode),
+        SpoolTracker(tmp_path, address, gather_s=0.01) as tracker,
+    ):
+        tracker.start(old)
+        tracker.log(old.key, {"a": 1.0}, 1, NOW + 1)
+        assert tracker.flush(30) == 0
+        mode["code"] = code
+        tracker.start(new)
+        for start in (old, new):
+            tracker.log(start.key, {"a": 2.0}, 2, NOW + 2)
+        until = time.monotonic() + 30
+        while mode["asked"] < 5 * shipping.PATIENCE and time.monotonic() < until:
+            time.sleep(0.05)
+        assert replay(tmp_path / "none", address).problem is None  # nothing to send
+        assert list(tmp_path.glob("*.rejected.jsonl")) == []
+        mode["code"] = 0
+        for start in (old, new):
+            tracker.log(start.key, {"a": 3.0}, 3, NOW + 3)
+        assert tracker.flush(30) == 0
+    assert history(mlflow_server, old.experiment) == {
+        old.key: [(1, 1.0), (2, 2.0), (3, 3.0)],
+        new.key: [(2, 2.0), (3, 3.0)],
+    }
+    assert list(tmp_path.glob("*.rejected.jsonl")) == []
+
+
+def test_what_was_refused_is_sent_again_when_asked_for(
+    mlflow_server: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = begin(tags={"kept": "yes"}, params={"lr": 0.1})
+    notes = tmp_path / "notes.txt"
+    notes.write_text("x")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TrackerRefusedError("not now")
+
+    with (
+        SpoolTracker(tmp_path, mlflow_server, gather_s=0.05) as tracker,
+        monkeypatch.context() as broken,
+    ):
+        for name in ("create_run", "log_batch", "log_artifact"):
+            broken.setattr(server, name, refuse)
+        tracker.start(start)
+        tracker.log(start.key, {"a": 1.0}, 1, NOW + 1)
+        tracker.artifact(start.key, notes)
+        tracker.end(start.key, status="FINISHED", metrics={"end": 1.0}, end_time_ms=NOW + 10)
+        assert tracker.flush(30) == 0
+    [file] = journal.refused(tmp_path)
+    assert (file.experiments, file.reason) == ({start.experiment}, "not now")
+    assert replay(tmp_path, mlflow_server).delivered == 0
+    sent = replay(tmp_path, mlflow_server, refused_too=True)
+    assert (sent.delivered, sent.rejected, sent.left) == (4, 0, 0)
+
+    assert history(mlflow_server, start.experiment) == {start.key: [(1, 1.0)]}
+    client = server.connect(mlflow_server)
+    run = server.get_run(client, server.run_ids(client, start.experiment)[start.key])
+    assert (run.info.status, run.info.end_time) == ("FINISHED", NOW + 10)
+    assert (run.data.params, run.data.tags["kept"]) == ({"lr": "0.1"}, "yes")
+    assert run.data.metrics["end"] == 1.0
+    assert [found.path for found in client.list_artifacts(run.info.run_id)] == ["notes.txt"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() or "rej" in path.name] == []
+
+
+def test_refused_records_of_older_versions_are_sent_again(
+    mlflow_server: str, begin: Begin, tmp_path: Path
+) -> None:
+    start = begin()
+    named = {"experiment": start.experiment, "key": start.key, "reason": "the server failed"}
+    point = {"name": "a", "value": "2.0", "time_ms": NOW + 2, "step": 2}
+    lines = [
+        {**named, "kind": "start", "name": "0001", "params": {"lr": "0.1"}, "tags": {"t": "x"}},
+        {**named, "kind": "log", "metrics": {"a": 1.0}, "step": 1, "tags": {}},
+        {**named, "metrics": [point], "params": {"late": "1"}, "tags": {}},
+        {**named, "kind": "end", "metrics": {}, "step": 2, "tags": {}, "status": "FINISHED"},
+    ]
+    file = tmp_path / "host-1-abc.rejected.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    assert replay(tmp_path, mlflow_server, refused_too=True).rejected == 0
+    assert history(mlflow_server, start.experiment) == {start.key: [(1, 1.0), (2, 2.0)]}
+    client = server.connect(mlflow_server)
+    run = server.get_run(client, server.run_ids(client, start.experiment)[start.key])
+    assert (run.data.params, run.data.tags["t"]) == ({"lr": "0.1", "late": "1"}, "x")
+    assert (run.info.status, run.info.start_time > NOW) == ("FINISHED", True)
+    assert journal.refused(tmp_path) == []
 
 
 def test_a_run_that_people_delete_takes_the_rest_with_it_and_no_more(
