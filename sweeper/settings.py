@@ -17,6 +17,7 @@ The order is: flag, then environment, then default. Nobody else builds or parses
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 import socket
@@ -47,6 +48,7 @@ _SECRETS: Final = ("password", "sslpassword")
 
 RUN_KEY_TAG: Final = "sweeper.key"
 STUDY_TAG: Final = "sweeper.study"
+STUDY_ID_TAG: Final = "sweeper.study_id"
 ROLE_TAG: Final = "sweeper.role"
 TRIAL_TAG: Final = "sweeper.trial"
 STATE_TAG: Final = "sweeper.state"
@@ -62,6 +64,9 @@ COMMIT_TAG: Final = "mlflow.source.git.commit"
 
 WEIGHTS_FILE: Final = "weights.safetensors"
 WEIGHTS_FOLDER: Final = "weights"
+
+_CLOCKS_MS: Final = 60_000
+"""So much may the clocks of two machines differ."""
 
 ROLE_TRIAL: Final = "trial"
 ROLE_STUDY: Final = "study"
@@ -306,6 +311,31 @@ def cohort_name(worker: str, leader: int) -> str:
 def run_key(study: str, trial_number: int) -> str:
     """The tag value that finds a trial's run again: MLflow itself knows no unique name."""
     return f"{study}/{trial_number}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """The study that runs belong to: on one MLflow server, studies of several stores may have the
+    same name, and so have a later one and an earlier one of the same store.
+
+    ``identity`` is what no other study has, and is a tag of its runs. Older versions wrote none:
+    a run without it is this study's if the store names it (``run_ids``), or if it began when the
+    study was there (``since_ms``). Without an identity, any run of the study's name will do.
+    """
+
+    identity: str = ""
+    since_ms: float = math.inf
+    run_ids: frozenset[str] = frozenset()
+
+    def has(self, run_id: str, tags: Mapping[str, str], started_ms: int) -> bool:
+        """Whether a run is one of the study's."""
+        tagged = tags.get(STUDY_ID_TAG, "")
+        if tagged or not self.identity:
+            return tagged == self.identity or not self.identity
+        return run_id in self.run_ids or started_ms >= self.since_ms - _CLOCKS_MS
+
+
+ANYBODY: Final = Owner()
 
 
 def study_run_key(study: str) -> str:

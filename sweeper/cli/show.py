@@ -116,7 +116,7 @@ def trials(
     if json_:
         rows = [row.public() for row in now.rows]
         if any(row["run_id"] is None and row["state"] != "waiting" for row in rows):
-            known = find_run_ids(settings, study)
+            known = find_run_ids(settings, study, now.owner)
             for row, trial in zip(rows, now.rows, strict=True):
                 row["run_id"] = row["run_id"] or known.get(run_key(study, trial.origin))
         print_json(rows)

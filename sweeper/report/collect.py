@@ -99,7 +99,7 @@ def collect(
     problem = ""
     say("reading the runs from MLflow")
     try:
-        runs = records(settings, study.name)
+        runs = records(settings, study.name, owner=now.owner)
     except SweeperError as error:
         problem = f"MLflow cannot be read: {error}"
         _log.warning("%s", problem)

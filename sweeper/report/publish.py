@@ -44,6 +44,7 @@ def publish(data: StudyData, report: Report, settings: Settings, tracking_uri: s
                     "pruner": now.spec.search.pruner.name,
                 },
                 tags=_tags(data),
+                owner=now.owner,
             )
         )
         with tempfile.TemporaryDirectory() as folder:

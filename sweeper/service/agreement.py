@@ -34,7 +34,7 @@ _TIMES: Final = frozenset({"seconds", "val_seconds", "samples_per_s", "peak_memo
 
 def differences(now: Standing, settings: Settings) -> list[str]:
     """A line for everything on which the store and MLflow differ."""
-    runs = audited(settings, now.spec.name, list(EPOCH_METRICS))
+    runs = audited(settings, now.spec.name, list(EPOCH_METRICS), owner=now.owner)
     by_key = {run.key: run for run in runs}
     found = [
         f"MLflow has {count} runs of the key {key}, and one is right"
@@ -60,7 +60,7 @@ def differences(now: Standing, settings: Settings) -> list[str]:
 
 def lagging(now: Standing, settings: Settings) -> int:
     """How many trials have ended while their runs do not say so yet, or are not even there."""
-    statuses = {run.key: run.status for run in audited(settings, now.spec.name)}
+    statuses = {run.key: run.status for run in audited(settings, now.spec.name, owner=now.owner)}
     return sum(
         statuses.get(run_key(now.spec.name, row.origin)) != _STATUS[row.state]
         for row in now.rows
@@ -77,7 +77,8 @@ def settle(now: Standing, settings: Settings) -> int:
     rows = {run_key(now.spec.name, row.origin): row for row in now.rows if row.state != "retried"}
     several = len(now.spec.objective) > 1  # of such a study the store has no epochs
     ended = 0
-    for run in audited(settings, now.spec.name, ["train_loss"] if several else []):
+    known = ["train_loss"] if several else []
+    for run in audited(settings, now.spec.name, known, owner=now.owner):
         row = rows.get(run.key)
         if row is None or row.state == "running" or run.status == _STATUS[row.state]:
             continue

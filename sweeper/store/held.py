@@ -9,6 +9,7 @@ import contextlib
 import copy
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, cast
 
 import optuna
@@ -17,6 +18,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import TrialLostError
+from sweeper.settings import Owner
 from sweeper.store import attributes as attr
 from sweeper.store import recovery, sampling, tables
 from sweeper.store.attributes import Outcome
@@ -24,6 +26,7 @@ from sweeper.store.cache import RecentStorage
 from sweeper.store.database import Store
 from sweeper.store.queue import Claim, values
 from sweeper.store.refusals import reaching
+from sweeper.store.studies import StoredStudy
 from sweeper.store.tables import FACTS, TRIALS
 from sweeper.study.spec import StudySpec
 
@@ -47,6 +50,16 @@ def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str,
         drawn = sampling.draw(spec, optuna.Trial(study, claimed.trial_id))
         study._storage.set_trial_user_attr(claimed.trial_id, attr.DRAWN, True)
         return drawn
+
+
+def owner_of(study: StoredStudy, claimed: Claim) -> Owner:
+    """Whose the trial's run is; of a trial that was begun before, with the run that it had."""
+    with reaching("the database"):
+        owner = study.owner
+        if claimed.attempt > 1:
+            facts = study.study._storage.get_trial(claimed.trial_id).user_attrs
+            owner = replace(owner, run_ids=frozenset(filter(None, [facts.get(attr.RUN_ID)])))
+    return owner
 
 
 def put_back(store: Store, claimed: Claim) -> None:

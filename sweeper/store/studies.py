@@ -13,6 +13,7 @@ from optuna.exceptions import DuplicatedStudyError
 from pydantic import ValidationError
 
 from sweeper.errors import StudyNotFoundError, UsageError
+from sweeper.settings import Owner
 from sweeper.store import attributes as attr
 from sweeper.store import sampling
 from sweeper.store.attributes import Control
@@ -43,10 +44,16 @@ class StoredStudy:
 
         Raises StudyNotFoundError where it was deleted.
         """
+        return self.owner.identity
+
+    @property
+    def owner(self) -> Owner:
+        """How the tracker tells this study's runs from another's of its name; as above."""
         with _there():
-            created = self.study.user_attrs.get(attr.CREATED, self.id)
-        digest = hashlib.sha256(f"{self.name} {created!r}".encode()).hexdigest()
-        return f"{self.name}-{digest[:8]}"
+            created = self.study.user_attrs.get(attr.CREATED)
+        known = self.id if created is None else created
+        digest = hashlib.sha256(f"{self.name} {known!r}".encode()).hexdigest()
+        return Owner(identity=f"{self.name}-{digest[:8]}", since_ms=(created or 0.0) * 1000)
 
 
 @contextlib.contextmanager

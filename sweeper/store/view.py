@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.settings import ANYBODY, Owner
 from sweeper.store import attributes as attr
 from sweeper.store.database import Store
 from sweeper.store.queue import values
@@ -81,6 +82,7 @@ class Standing:
 
     spec: StudySpec
     rows: tuple[TrialRow, ...]
+    owner: Owner = ANYBODY
 
     @property
     def counts(self) -> dict[str, int]:
@@ -131,7 +133,10 @@ def standing(store: Store, study: StoredStudy) -> Standing:
     """Read the study. Finished trials come from the cache after the first time."""
     with reaching(store.url):
         trials = store.storage.get_all_trials(study.id, deepcopy=False)
-    return Standing(spec=study.spec, rows=rows(study.spec, trials))
+        owner = study.owner
+    found = rows(study.spec, trials)
+    run_ids = frozenset(row.run_id for row in found if row.run_id)
+    return Standing(spec=study.spec, rows=found, owner=replace(owner, run_ids=run_ids))
 
 
 def rows(spec: StudySpec, trials: Sequence[FrozenTrial]) -> tuple[TrialRow, ...]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sweeper.settings import ROLE_TAG, ROLE_TRIAL, RUN_KEY_TAG, Settings
+from sweeper.settings import ANYBODY, ROLE_TAG, ROLE_TRIAL, RUN_KEY_TAG, Owner, Settings
 from sweeper.tracking.batch import Batch, Point, fitting_name
 from sweeper.tracking.history import _points
 from sweeper.tracking.mlflow import connect, list_runs, log_batch, set_status
@@ -27,8 +27,10 @@ class AuditedRun:
     points: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
 
-def audited(settings: Settings, study: str, metrics: Sequence[str] = ()) -> list[AuditedRun]:
-    """All runs of a study's trials, with the points of ``metrics``.
+def audited(
+    settings: Settings, study: str, metrics: Sequence[str] = (), *, owner: Owner = ANYBODY
+) -> list[AuditedRun]:
+    """The owner's runs of a study's trials, with the points of ``metrics``.
 
     Raises TrackerUnreachableError, and TrackerRefusedError where MLflow will not answer.
     """
@@ -36,7 +38,7 @@ def audited(settings: Settings, study: str, metrics: Sequence[str] = ()) -> list
     if uri is None:
         return []
     client = connect(uri)
-    runs = list_runs(client, study, where=f"tags.`{ROLE_TAG}` = '{ROLE_TRIAL}'")
+    runs = list_runs(client, study, f"tags.`{ROLE_TAG}` = '{ROLE_TRIAL}'", owner)
     run_ids = [str(run.info.run_id) for run in runs]
     points: dict[str, dict[str, Counter[int]]] = {run_id: {} for run_id in run_ids}
     for metric in metrics:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urlsplit
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
-from sweeper.settings import Settings
+from sweeper.settings import ANYBODY, Owner, Settings
 from sweeper.tracking.batch import fitting_name
 from sweeper.tracking.mlflow import connect, runs_by_key, translated
 from sweeper.tracking.service import readable_uri
@@ -43,9 +43,9 @@ class RunRecord:
 
 
 def records(
-    settings: Settings, study: str, metrics: Sequence[str] = CURVES
+    settings: Settings, study: str, metrics: Sequence[str] = CURVES, *, owner: Owner = ANYBODY
 ) -> dict[str, RunRecord]:
-    """Run key → run, of all runs of a study; empty where the tracker knows nothing of it.
+    """Run key → run, of the owner's runs of a study; empty where the tracker knows nothing of it.
 
     Without a server the embedded database is read directly. Raises TrackerUnreachableError, and
     TrackerRefusedError where MLflow will not answer.
@@ -54,7 +54,7 @@ def records(
     if uri is None:
         return {}
     client = connect(uri)
-    runs = runs_by_key(client, study)
+    runs = runs_by_key(client, study, owner)
     found = _histories(client, [str(run.info.run_id) for run in runs.values()], metrics)
     return {
         key: RunRecord(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
-from sweeper.settings import RUN_KEY_TAG, masked
+from sweeper.settings import ANYBODY, RUN_KEY_TAG, STUDY_ID_TAG, Owner, masked
 from sweeper.tracking.batch import Batch, fitting_name, fitting_param, fitting_tag
 
 if TYPE_CHECKING:
@@ -129,18 +129,30 @@ def write_and_read(client: MlflowClient, experiment: str) -> None:
         client.get_experiment(experiment)
 
 
-def find_run(client: MlflowClient, experiment: str, key: str) -> Run | None:
-    """The run with this key in the experiment of that id; the oldest, were there several."""
+def find_run(client: MlflowClient, experiment: str, key: str, owner: Owner = ANYBODY) -> Run | None:
+    """The owner's run with this key in the experiment of that id; the oldest, were there several.
+
+    One that only an older version can have begun is taken where none has the owner's tag.
+    """
     if "'" in key:
         raise ValueError(f"a run's key must not contain a quote, but got {key!r}")
-    with translated(f"look for the run {key}"):
-        runs = client.search_runs(
-            [experiment],
-            filter_string=f"tags.`{RUN_KEY_TAG}` = '{key}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
-        )
-    return runs[0] if runs else None
+    where = f"tags.`{RUN_KEY_TAG}` = '{key}'"
+    own = f"{where} AND tags.`{STUDY_ID_TAG}` = '{owner.identity}'"
+    for filter_string in (own, where) if owner.identity else (where,):
+        with translated(f"look for the run {key}"):
+            runs = client.search_runs(
+                [experiment],
+                filter_string=filter_string,
+                order_by=["attributes.start_time ASC"],
+                max_results=100,
+            )
+        if found := next((run for run in runs if _is_of(owner, run)), None):
+            return found
+    return None
+
+
+def _is_of(owner: Owner, run: Run) -> bool:
+    return owner.has(str(run.info.run_id), run.data.tags, run.info.start_time or 0)
 
 
 def create_run(
@@ -223,8 +235,10 @@ def get_run(client: MlflowClient, run_id: str) -> Run:
         return client.get_run(run_id)
 
 
-def list_runs(client: MlflowClient, experiment: str, where: str = "") -> list[Run]:
-    """The runs in the experiment of that *name*, the oldest first; one call for 1,000 runs.
+def list_runs(
+    client: MlflowClient, experiment: str, where: str = "", owner: Owner = ANYBODY
+) -> list[Run]:
+    """The owner's runs in the experiment of that *name*, the oldest first; one call for 1,000 runs.
 
     ``where`` is MLflow's filter.
     """
@@ -240,28 +254,31 @@ def list_runs(client: MlflowClient, experiment: str, where: str = "") -> list[Ru
                 max_results=1000,
                 page_token=token,
             )
-            runs += page
+            runs += (run for run in page if _is_of(owner, run))
             token = page.token
             if not token:
                 break
     return runs
 
 
-def runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
-    """Key to run of every run in the experiment of that *name*; of several with one key the oldest.
+def runs_by_key(client: MlflowClient, experiment: str, owner: Owner = ANYBODY) -> dict[str, Run]:
+    """Key to run of the owner's runs in the experiment of that *name*; of several with one key the
+    oldest that has the owner's tag.
 
     One call for 1,000 runs.
     """
     result: dict[str, Run] = {}
-    for run in list_runs(client, experiment):
+    found = list_runs(client, experiment, owner=owner)
+    for run in sorted(found, key=lambda run: STUDY_ID_TAG not in run.data.tags):
         if RUN_KEY_TAG in run.data.tags:
             result.setdefault(run.data.tags[RUN_KEY_TAG], run)
     return result
 
 
-def run_ids(client: MlflowClient, experiment: str) -> dict[str, str]:
-    """Key to run id of every run in the experiment of that *name*, as :func:`runs_by_key`."""
-    return {key: str(run.info.run_id) for key, run in runs_by_key(client, experiment).items()}
+def run_ids(client: MlflowClient, experiment: str, owner: Owner = ANYBODY) -> dict[str, str]:
+    """Key to run id of what :func:`runs_by_key` finds."""
+    runs = runs_by_key(client, experiment, owner)
+    return {key: str(run.info.run_id) for key, run in runs.items()}
 
 
 def download_artifact(client: MlflowClient, run_id: str, path: str, folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """What a trial says to its tracker: five calls, none of which waits for a server.
 
 A run is named by its *key* (``settings.run_key``), never by MLflow's run id: the id is known only
-once the server has answered, and a trial must not wait for that. The same key started again
-continues the same run.
+once the server has answered, and a trial must not wait for that. The same key started again by
+the same study continues the same run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from sweeper.settings import ANYBODY, Owner
+
 STATUSES: Final = ("FINISHED", "FAILED", "KILLED")
 """How a run can end, in MLflow's words."""
 
@@ -24,7 +26,8 @@ class RunStart:
 
     ``experiment`` is the study's name, ``params`` have dotted names, ``start_time_ms`` is when
     *this attempt* began: of two attempts at one key, the later decides status and tags.
-    ``dataset`` is described as in :meth:`Tracker.note`.
+    ``dataset`` is described as in :meth:`Tracker.note`. A run of the same key that is not
+    ``owner``'s is another one.
     """
 
     key: str
@@ -34,6 +37,7 @@ class RunStart:
     params: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     dataset: Mapping[str, Any] | None = None
+    owner: Owner = ANYBODY
 
 
 class Tracker(Protocol):

@@ -27,10 +27,11 @@ class Record:
     """``number`` counts a journal's records from 1; every record names its run in full.
 
     ``started_ms`` is when the attempt began that the record belongs to, ``time_ms`` when its thing
-    was measured.
+    was measured. ``study_id`` tells studies of one name apart; older versions wrote none.
 
     ``data`` holds what the kind needs: ``metrics``, ``step``, ``params``, ``tags``, ``dataset``,
-    ``name`` (of a run), ``status``, ``file`` (relative to the spool) and ``folder``.
+    ``name`` (of a run), ``status``, ``file`` (relative to the spool) and ``folder``; a start also
+    ``since_ms`` and ``run_ids`` of its :class:`~sweeper.settings.Owner`.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Record:
     started_ms: int
     time_ms: int
     data: Mapping[str, Any]
+    study_id: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON has it."""
@@ -48,6 +50,7 @@ class Record:
             "kind": self.kind,
             "key": self.key,
             "experiment": self.experiment,
+            "study_id": self.study_id,
             "started_ms": self.started_ms,
             "time_ms": self.time_ms,
             "data": self.data,
@@ -67,6 +70,7 @@ class Record:
                 kind=Kind(raw["kind"]),
                 key=str(raw["key"]),
                 experiment=str(raw["experiment"]),
+                study_id=str(raw.get("study_id", "")),
                 started_ms=int(raw["started_ms"]),
                 time_ms=int(raw["time_ms"]),
                 data=dict(raw["data"]),
@@ -90,6 +94,7 @@ def refused(line: str, unknown_ms: int) -> list[Record]:
             kind=kind or Kind.NOTE,
             key=str(raw.pop("key")),
             experiment=str(raw.pop("experiment")),
+            study_id=str(raw.pop("study_id", "")),
             started_ms=int(raw.pop("started_ms", 0)),
             time_ms=int(raw.pop("time_ms", unknown_ms)),
             data=raw.get("data", raw),

@@ -7,7 +7,7 @@ import time
 from typing import Final, Self
 
 from sweeper.errors import TrackerUnreachableError
-from sweeper.settings import Settings
+from sweeper.settings import Owner, Settings
 from sweeper.tracking.database import is_there
 from sweeper.tracking.server import LocalServer, running_address
 from sweeper.tracking.spool import Address, Replayed, SpoolTracker, replay
@@ -117,12 +117,12 @@ def readable_uri(settings: Settings) -> str | None:
     return settings.embedded_tracking_uri if there else None
 
 
-def find_run_ids(settings: Settings, study: str) -> dict[str, str]:
-    """Key to run id of a study's runs; nothing where the tracker cannot be reached."""
+def find_run_ids(settings: Settings, study: str, owner: Owner) -> dict[str, str]:
+    """Key to run id of the owner's runs of a study; nothing where the tracker cannot be reached."""
     from sweeper.tracking import mlflow
 
     try:
         uri = readable_uri(settings)
-        return {} if uri is None else mlflow.run_ids(mlflow.connect(uri), study)
+        return {} if uri is None else mlflow.run_ids(mlflow.connect(uri), study, owner)
     except TrackerUnreachableError:
         return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
 from sweeper.private import private_opener
-from sweeper.settings import RUN_KEY_TAG, STARTED_TAG
+from sweeper.settings import RUN_KEY_TAG, STARTED_TAG, STUDY_ID_TAG, Owner
 from sweeper.tracking import mlflow
 from sweeper.tracking.batch import Batch, Point, batches, halves
 from sweeper.tracking.journal import lock
@@ -39,7 +40,7 @@ _AWAY_S: Final = 20.0
 RunIdCallback = Callable[[str, str], None]
 """Called with a run's key and id as soon as the server has named it."""
 
-_Place = tuple[str, str]  # experiment's name, run's key
+_Place = tuple[str, str, str]  # experiment's name, run's key, study's identity
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,7 +104,7 @@ class Shipper:
         return arrived
 
     def _send(self, record: Record, arrived: list[Path]) -> None:
-        place = (record.experiment, record.key)
+        place = (record.experiment, record.key, record.study_id)
         run = self._start(place, record) if record.kind is Kind.START else self._run(place)
         self._gather(place, run, record)
         if record.kind is Kind.FILE:
@@ -135,8 +136,9 @@ class Shipper:
         """The run of a record that does not start it."""
         if place in self._runs:
             return self._runs[place]
-        experiment, key = place
-        found = mlflow.find_run(self.client, self._experiment(experiment), key)
+        experiment, key, study_id = place
+        owner = Owner(identity=study_id)
+        found = mlflow.find_run(self.client, self._experiment(experiment), key, owner)
         if found is None:
             raise TrackerRefusedError(
                 f"the experiment {experiment!r} must have a run {key}, but it has none (deleted?)"
@@ -157,11 +159,18 @@ class Shipper:
             self._flush(place)
         experiment = self._experiment(record.experiment)
         with _one_at_a_time(self._spool):
-            found = mlflow.find_run(self.client, experiment, record.key)
+            owner = Owner(
+                identity=record.study_id,
+                since_ms=record.data.get("since_ms", math.inf),
+                run_ids=frozenset(record.data.get("run_ids", ())),
+            )
+            found = mlflow.find_run(self.client, experiment, record.key, owner)
             if found is None:
                 run = self._runs[place] = self._create(experiment, record)
             else:
                 run = self._remember(place, found)
+                if record.study_id:  # an older version began it
+                    run.pending.tags[STUDY_ID_TAG] = record.study_id
                 if record.started_ms > run.started_ms:
                     mlflow.set_status(self.client, run.run_id, "RUNNING")
                     run.started_ms = record.started_ms
@@ -180,7 +189,11 @@ class Shipper:
             experiment,
             name=record.data["name"],
             start_time_ms=record.time_ms,
-            tags={RUN_KEY_TAG: record.key, STARTED_TAG: str(record.started_ms)},
+            tags={
+                RUN_KEY_TAG: record.key,
+                STARTED_TAG: str(record.started_ms),
+                **({STUDY_ID_TAG: record.study_id} if record.study_id else {}),
+            },
         )
         return _Run(run_id=run_id, started_ms=record.started_ms, steps=None)
 
@@ -282,9 +295,9 @@ class Shipper:
     def _reject_batch(
         self, place: _Place, run: _Run, batch: Batch, error: TrackerRefusedError
     ) -> None:
-        experiment, key = place
-        what = {"experiment": experiment, "key": key, "started_ms": run.started_ms}
-        self._reject(key, {**what, **batch.as_dict()}, error)
+        experiment, key, study_id = place
+        what = {"experiment": experiment, "key": key, "study_id": study_id}
+        self._reject(key, {**what, "started_ms": run.started_ms, **batch.as_dict()}, error)
 
     def _reject(self, key: str, what: Mapping[str, Any], error: TrackerRefusedError) -> None:
         self.rejected += 1

@@ -44,6 +44,7 @@ class _Known:
     """What the writing side remembers of a run it started."""
 
     experiment: str
+    study_id: str
     started_ms: int
     step: int = 0
     nonfinite: Nonfinite = field(default_factory=Nonfinite)
@@ -79,13 +80,20 @@ class SpoolTracker:
         self.close()
 
     def start(self, run: RunStart) -> None:
-        self._runs[run.key] = _Known(experiment=run.experiment, started_ms=run.start_time_ms)
-        data = {
+        self._runs[run.key] = _Known(
+            experiment=run.experiment,
+            study_id=run.owner.identity,
+            started_ms=run.start_time_ms,
+        )
+        data: dict[str, Any] = {
             "name": run.name,
             "params": {name: text(value) for name, value in run.params.items()},
             "tags": dict(run.tags),
             "dataset": run.dataset,
         }
+        if run.owner.identity:
+            data["since_ms"] = run.owner.since_ms
+            data["run_ids"] = sorted(run.owner.run_ids)
         self._append(Kind.START, run.key, run.start_time_ms, data)
 
     def log(self, key: str, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
@@ -169,6 +177,7 @@ class SpoolTracker:
                     kind=kind,
                     key=key,
                     experiment=known.experiment,
+                    study_id=known.study_id,
                     started_ms=known.started_ms,
                     time_ms=time_ms,
                     data=data,

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sweeper import checkpoints
@@ -20,6 +21,7 @@ from sweeper.errors import (
     UsageError,
 )
 from sweeper.measurement import Measurement, summary
+from sweeper.settings import Owner
 from sweeper.store import Control, Outcome, StoredStudy, held, queue, recovery
 from sweeper.store import attributes as attr
 from sweeper.store.glance import best_value
@@ -73,6 +75,11 @@ class Attempt:
             claimed=self.claimed,
             worker=self.worker.name,
         )
+
+    @cached_property
+    def owner(self) -> Owner:
+        """The study that its run and its checkpoints belong to."""
+        return self._patiently(lambda: held.owner_of(self.study, self.claimed), "read the study")
 
     @property
     def by(self) -> tuple[str, bool]:
@@ -136,7 +143,9 @@ class Attempt:
     def announce(self) -> None:
         """Tell the tracker of the trial, before anything can go wrong with it."""
         self.started = time.time()
-        self.tracked.start(self.configured(), started=self.started, cohort=self.cohort)
+        self.tracked.start(
+            self.configured(), owner=self.owner, started=self.started, cohort=self.cohort
+        )
 
     def begin(self, training: Trial) -> None:
         """Go on from a checkpoint where there is one; from here on epochs can be measured."""
@@ -164,7 +173,7 @@ class Attempt:
         faults = self.study.spec.faults
         return TrialCheckpoints(
             self.worker.settings.checkpoints,
-            self._patiently(lambda: self.study.identity, "read the study"),
+            self.owner.identity,
             self.claimed.origin,
             digest=digest,
             every=faults.checkpoint_every,

@@ -49,7 +49,9 @@ class TrackedRun:
         """The tracker's name for the run."""
         return names.run_key(self.study, self.claimed.origin)
 
-    def start(self, config: TrialConfig, *, started: float, cohort: str | None) -> None:
+    def start(
+        self, config: TrialConfig, *, owner: names.Owner, started: float, cohort: str | None
+    ) -> None:
         """Tell of the trial. ``started``: when it was, as seconds since the epoch."""
         self.tracker.start(
             RunStart(
@@ -68,6 +70,7 @@ class TrackedRun:
                     **environment_tags(),
                 },
                 start_time_ms=round(started * 1000),
+                owner=owner,
             )
         )
         self.known = True

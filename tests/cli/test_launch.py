@@ -238,6 +238,31 @@ def test_launching_again_resumes_and_a_change_is_refused(launched: Launched) -> 
     assert more["trials"]["complete"] == 4
 
 
+def test_a_later_study_of_the_same_name_has_runs_of_its_own(sweeper: Sweeper) -> None:
+    """As after the store was deleted, or as of another store with the same MLflow server."""
+    file = sweeper.write(search={"trials": 1, "sampler": "random"})
+    sweeper.run("launch", file)
+    [first] = sweeper.json("trials", "small")
+    for part in (sweeper.folder / ".sweeper").glob("optuna.db*"):
+        part.unlink()
+    sweeper.run("launch", file, "--set", "train.seed=3")
+    [second] = sweeper.json("trials", "small")
+    assert {first["run_id"], second["run_id"]} == set(run_ids(sweeper))
+    assert "agree" in sweeper.run("doctor", "--study", "small")
+    page = (sweeper.folder / ".sweeper" / "reports" / "small" / "index.html").read_text()
+    assert second["run_id"] in page
+    assert first["run_id"] not in page
+
+
+def run_ids(sweeper: Sweeper) -> list[str]:
+    """The runs of trials that MLflow has, and no run twice under one name of the model."""
+    with contextlib.closing(sqlite3.connect(sweeper.folder / ".sweeper" / "mlflow.db")) as database:
+        versions = database.execute("SELECT run_id FROM model_versions").fetchall()
+        found = database.execute("SELECT run_uuid FROM tags WHERE key = 'sweeper.trial'").fetchall()
+    assert sorted(versions) == sorted(found)
+    return [run_id for (run_id,) in found]
+
+
 def test_files_are_launched_one_after_the_other(sweeper: Sweeper) -> None:
     files = [sweeper.write(f"{name}.yaml", name=name) for name in ("one", "two", "three")]
     results = sweeper.json("launch", *files, "--workers", "1")

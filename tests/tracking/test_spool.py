@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.errors import TrackerRefusedError
-from sweeper.settings import RUN_KEY_TAG
+from sweeper.settings import RUN_KEY_TAG, Owner
 from sweeper.tracking import RunStart, SpoolTracker, journal, replay, shipping
 from sweeper.tracking import mlflow as server
 from sweeper.tracking.batch import Batch
@@ -580,3 +580,62 @@ def test_an_artifact_must_be_there(begin: Begin, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must be a file"):
         tracker.artifact(start.key, tmp_path / "missing.txt")
     tracker.close(0)
+
+
+def test_studies_of_one_name_have_runs_of_their_own(
+    begin: Begin, mlflow_server: str, tmp_path: Path
+) -> None:
+    """Two people with a store each run the same file, and share the server."""
+    theirs, mine = (Owner(identity=f"tiny-{who}", since_ms=NOW) for who in "ab")
+    client = server.connect(mlflow_server)
+    for attempt, owner in enumerate((theirs, mine, theirs)):
+        start = begin(at_ms=NOW + attempt, owner=owner)
+        with SpoolTracker(tmp_path, mlflow_server, gather_s=0.01) as tracker:
+            tracker.start(start)
+            assert tracker.flush(30) == 0
+            tracker.log(start.key, {"a": 1.0}, 1 + attempt, NOW + 1)
+            tracker.artifact(start.key, Path(__file__))
+            assert tracker.flush(30) == 0
+    found = {
+        owner.identity: server.get_run(
+            client, server.run_ids(client, start.experiment, owner)[start.key]
+        )
+        for owner in (theirs, mine)
+    }
+    assert {
+        name: sorted(p.step for p in client.get_metric_history(run.info.run_id, "a"))
+        for name, run in found.items()
+    } == {"tiny-a": [1, 3], "tiny-b": [2]}
+    assert len(server.list_runs(client, start.experiment)) == 2
+
+
+def test_a_run_of_an_older_version_goes_on_where_it_is_the_studys(
+    begin: Begin, mlflow_server: str, tmp_path: Path
+) -> None:
+    """It has no tag of its study: the store names it, or it began when the study was there."""
+    client = server.connect(mlflow_server)
+    old = [begin(number, at_ms=NOW) for number in range(4)]
+    ids: dict[str, str] = {}
+    with SpoolTracker(tmp_path, mlflow_server, on_run_id=ids.__setitem__) as tracker:
+        for start in old:
+            tracker.start(start)
+        assert tracker.flush(30) == 0
+    day = 86_400_000
+    owners = [
+        Owner(identity="s-1", since_ms=NOW - 5),
+        Owner(identity="s-1", since_ms=NOW + day, run_ids=frozenset([ids[old[1].key]])),
+        Owner(identity="s-2", since_ms=NOW + day),
+        Owner(),
+    ]
+    with SpoolTracker(tmp_path, mlflow_server) as tracker:
+        for number, owner in enumerate(owners):
+            start = begin(number, at_ms=NOW + 2 * day, owner=owner)
+            tracker.start(start)
+            tracker.log(start.key, {"a": 1.0}, 1, NOW + 2 * day)
+        assert tracker.flush(30) == 0
+    runs = server.list_runs(client, old[0].experiment)
+    assert len(runs) == 5
+    continued = {run.info.run_id for run in runs if "a" in run.data.metrics}
+    assert [ids[start.key] in continued for start in old] == [True, True, False, True]
+    tagged = server.run_ids(client, old[0].experiment, Owner(identity="s-1"))
+    assert tagged == {start.key: ids[start.key] for start in old[:2]}
