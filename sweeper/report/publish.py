@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeper import settings as names
-from sweeper.errors import SweeperError
+from sweeper.errors import SweeperError, TrackerUnreachableError
 from sweeper.measurement import FINAL_METRICS
 from sweeper.provenance import command, commit, versions
 from sweeper.report.collect import StudyData
@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 def publish(data: StudyData, report: Report, settings: Settings, tracking_uri: str) -> None:
     """Write the study's own run with the report's files, and log the best model.
 
-    Through the spool: a server that does not answer now gets it with the next ``sweeper sync``.
+    Through the spool: a server that does not take it now gets it with the next ``sweeper sync``.
+    Raises TrackerUnreachableError then.
     """
     key = names.study_run_key(data.name)
     now = data.now
@@ -61,7 +62,8 @@ def publish(data: StudyData, report: Report, settings: Settings, tracking_uri: s
             end_time_ms=round(time.time() * 1000),
             tags=_result_tags(now),
         )
-        tracker.flush(60.0)
+        if tracker.flush(60.0):
+            raise TrackerUnreachableError(tracker.problem or "MLflow must take the report in 60 s")
     if report.model is not None:
         _log_best_model(data, report.model, tracking_uri)
 

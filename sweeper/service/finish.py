@@ -21,6 +21,7 @@ from sweeper.service.agreement import lagging, settle
 from sweeper.settings import Settings
 from sweeper.store import Store, StoredStudy, standing
 from sweeper.tracking import TrackingService
+from sweeper.tracking.journal import refused
 from sweeper.tracking.mlflow import load as load_mlflow
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ class Finishing:
         problem = ""
         try:
             try:
-                self.service.replay()
+                sent = self.service.replay()
+                if sent.problem:
+                    raise TrackerUnreachableError(sent.problem)
                 self._wait_for_runs(study)
                 settle(standing(self.store, study), self.settings)
             finally:
@@ -123,6 +126,9 @@ class Finishing:
         except TrackerUnreachableError as error:
             problem = str(error)
             self.warn(f"{problem}\nWhat MLflow lacks is kept; send it: sweeper sync")
+        for found in refused(self.settings.spool):
+            if study.name in found.experiments:
+                self.warn(found.told())
         return Finished(page=written[1].page if written else None, problem=problem)
 
     def _wait_for_runs(self, study: StoredStudy) -> None:

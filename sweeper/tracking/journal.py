@@ -205,6 +205,13 @@ class Refused:
     experiments: frozenset[str]
     reason: str
 
+    def told(self) -> str:
+        """What people are to know of it."""
+        return (
+            f"MLflow refused {self.count} records ({self.reason}); they are kept in {self.path}, "
+            "and sent once more with: sweeper sync"
+        )
+
 
 def refused(folder: Path) -> list[Refused]:
     """What the server refused of the journals in the spool folder, file by file."""

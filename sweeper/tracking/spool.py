@@ -135,6 +135,11 @@ class SpoolTracker:
         """Wait until everything said so far has arrived; how many records have not."""
         return self._sender.flush(timeout_s)
 
+    @property
+    def problem(self) -> str:
+        """What stood in the way of what was sent last; empty where it arrived."""
+        return self._sender.problem
+
     def close(self, timeout_s: float = 10.0) -> int:
         """Flush, and end the thread; how many records are left for :func:`replay`."""
         left = self._sender.close(timeout_s)
@@ -215,6 +220,7 @@ class _Sender(threading.Thread):
         self._deadline: float | None = None
         self._sync_due = False
         self._failures = 0
+        self.problem = ""
         self._shipper: tuple[str, Shipper] | None = None
 
     def write(self, numbered: Callable[[int], Record]) -> None:
@@ -273,6 +279,7 @@ class _Sender(threading.Thread):
         if self._failures:
             _log.info("MLflow answers again")
         self._failures = 0
+        self.problem = ""
         with self._changed:
             self._offset = chunk.end
             self._shipped += len(chunk.records)
@@ -300,6 +307,7 @@ class _Sender(threading.Thread):
 
     def _after_failure(self, error: Exception) -> None:
         self._failures += 1
+        self.problem = str(error)
         if self._failures == 1:
             _log.warning("MLflow is out of reach, measurements wait in the spool: %s", error)
         pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 10))

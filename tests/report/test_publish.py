@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from report.conftest import Home
 
+from sweeper.errors import TrackerUnreachableError
 from sweeper.report.publish import publish
 from sweeper.report.write import write_report
-from sweeper.settings import study_run_key
-from sweeper.tracking import LocalServer, mlflow
+from sweeper.settings import Settings, study_run_key
+from sweeper.tracking import LocalServer, SpoolTracker, mlflow
 from sweeper.tracking.history import records
+from sweeper.tracking.journal import pending
 
 pytestmark = pytest.mark.mlflow
 
@@ -67,3 +69,22 @@ def test_a_report_read_again_knows_the_command_of_the_launch(
     again = collect(home.store, studies.load(home.store, "sweep"), home.settings)
     assert again.command == "sweeper launch sweep.yaml"
     assert report.model is None
+
+
+def test_a_report_that_mlflow_does_not_take_is_no_success(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(SpoolTracker):
+        def flush(self, timeout_s: float) -> int:
+            return super().flush(1.0)
+
+        def close(self, timeout_s: float = 0.1) -> int:
+            return super().close(timeout_s)
+
+    monkeypatch.setattr("sweeper.report.publish.SpoolTracker", Impatient)
+    data = home.data("sweep")
+    report = write_report(data, home.settings, out=tmp_path, with_model=False)
+    settings = Settings.resolve(home=tmp_path / "home", environment={})
+    with pytest.raises(TrackerUnreachableError, match="Connection refused"):
+        publish(data, report, settings, "http://127.0.0.1:9")
+    assert pending(settings.spool)[0] == 1
