@@ -171,10 +171,19 @@ def _data(settings: Settings) -> Iterator[Finding]:
 
 
 def _spool(settings: Settings) -> Iterator[Finding]:
-    left = [file for file in settings.spool.glob("*.jsonl") if file.stat().st_size]
+    from sweeper.tracking.journal import pending, refused
+
+    left, _ = pending(settings.spool)
     yield Finding(
         subject="spool",
         verdict="note" if left else "good",
-        found=f"{len(left)} journals wait for MLflow" if left else "nothing waits for MLflow",
+        found=f"{left} journals wait for MLflow" if left else "nothing waits for MLflow",
         advice="send them with: sweeper sync" if left else "",
     )
+    for each in refused(settings.spool):
+        yield Finding(
+            subject="spool",
+            verdict="note",
+            found=f"{each.path} has {each.count} records that MLflow refused: {each.reason}",
+            advice="send them once more with: sweeper sync; delete what it refuses for good",
+        )

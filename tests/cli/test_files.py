@@ -217,3 +217,19 @@ def test_doctor_says_what_it_found(sweeper: Sweeper) -> None:
     ):
         assert subject in said
     assert {item["verdict"] for item in sweeper.json("doctor")} <= {"good", "note"}
+
+
+def test_doctor_knows_what_waits_and_what_was_refused(sweeper: Sweeper) -> None:
+    spool = sweeper.folder / ".sweeper" / "spool"
+    spool.mkdir(parents=True)
+    (spool / "sent.jsonl").write_text('{"n": 1}\n')
+    (spool / "sent.shipped").write_text("9")
+    refused = spool / "sent.rejected.jsonl"
+    refused.write_text('{"experiment": "small", "key": "small/0", "reason": "too long"}\n')
+    first, second = [item for item in sweeper.json("doctor") if item["subject"] == "spool"]
+    assert (first["verdict"], first["found"]) == ("good", "nothing waits for MLflow")
+    assert second["found"] == f"{refused} has 1 records that MLflow refused: too long"
+    assert "sweeper sync" in second["advice"]
+    (spool / "sent.shipped").write_text("0")
+    first, _ = [item for item in sweeper.json("doctor") if item["subject"] == "spool"]
+    assert first["found"] == "1 journals wait for MLflow"
