@@ -157,6 +157,19 @@ class Shipper:
     def _start(self, place: _Place, record: Record) -> _Run:
         if place in self._runs:
             self._flush(place)
+        try:
+            run = self._found_or_created(place, record)
+        except TrackerRefusedError:  # its experiment may have been deleted meanwhile
+            self._experiments.pop(record.experiment, None)
+            run = self._found_or_created(place, record)
+        if self._on_run_id is not None:
+            try:
+                self._on_run_id(record.key, run.run_id)
+            except Exception as error:  # noqa: BLE001 - the caller's code must not stop the spool
+                _log.warning("the run id of %s could not be passed on: %s", record.key, error)
+        return run
+
+    def _found_or_created(self, place: _Place, record: Record) -> _Run:
         experiment = self._experiment(record.experiment)
         with _one_at_a_time(self._spool):
             owner = Owner(
@@ -175,11 +188,6 @@ class Shipper:
                     mlflow.set_status(self.client, run.run_id, "RUNNING")
                     run.started_ms = record.started_ms
                     run.pending.tags[STARTED_TAG] = str(record.started_ms)
-        if self._on_run_id is not None:
-            try:
-                self._on_run_id(record.key, run.run_id)
-            except Exception as error:  # noqa: BLE001 - the caller's code must not stop the spool
-                _log.warning("the run id of %s could not be passed on: %s", record.key, error)
         return run
 
     def _create(self, experiment: str, record: Record) -> _Run:

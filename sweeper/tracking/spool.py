@@ -41,11 +41,13 @@ answers None while there is none."""
 
 @dataclass(kw_only=True, slots=True)
 class _Known:
-    """What the writing side remembers of a run it started."""
+    """What the writing side remembers of a run it started. ``start`` is what its first record says,
+    until the disk has that."""
 
     experiment: str
     study_id: str
     started_ms: int
+    start: Mapping[str, Any] | None
     step: int = 0
     nonfinite: Nonfinite = field(default_factory=Nonfinite)
 
@@ -80,11 +82,6 @@ class SpoolTracker:
         self.close()
 
     def start(self, run: RunStart) -> None:
-        self._runs[run.key] = _Known(
-            experiment=run.experiment,
-            study_id=run.owner.identity,
-            started_ms=run.start_time_ms,
-        )
         data: dict[str, Any] = {
             "name": run.name,
             "params": {name: text(value) for name, value in run.params.items()},
@@ -94,6 +91,12 @@ class SpoolTracker:
         if run.owner.identity:
             data["since_ms"] = run.owner.since_ms
             data["run_ids"] = sorted(run.owner.run_ids)
+        self._runs[run.key] = _Known(
+            experiment=run.experiment,
+            study_id=run.owner.identity,
+            started_ms=run.start_time_ms,
+            start=data,
+        )
         self._append(Kind.START, run.key, run.start_time_ms, data)
 
     def log(self, key: str, metrics: Mapping[str, float], step: int, timestamp_ms: int) -> None:
@@ -174,25 +177,34 @@ class SpoolTracker:
         if file is not None and not file.is_file():
             raise FileNotFoundError(f"an artifact must be a file, but {file} is none")
         try:
+            if known.start is not None:  # nothing of a run arrives without it
+                self._write(known, Kind.START, key, known.started_ms, known.start)
+                known.start = None
             if file is not None:
                 data = {**data, "file": self._journal.keep_file(file)}
-            self._sender.write(
-                lambda number: Record(
-                    number=number,
-                    kind=kind,
-                    key=key,
-                    experiment=known.experiment,
-                    study_id=known.study_id,
-                    started_ms=known.started_ms,
-                    time_ms=time_ms,
-                    data=data,
-                )
-            )
+            if kind is not Kind.START:
+                self._write(known, kind, key, time_ms, data)
             self._full = False
         except OSError as error:
             if not self._full:
                 _log.warning("the spool takes no more records, they are lost: %s", error)
             self._full = True
+
+    def _write(
+        self, known: _Known, kind: Kind, key: str, time_ms: int, data: Mapping[str, Any]
+    ) -> None:
+        self._sender.write(
+            lambda number: Record(
+                number=number,
+                kind=kind,
+                key=key,
+                experiment=known.experiment,
+                study_id=known.study_id,
+                started_ms=known.started_ms,
+                time_ms=time_ms,
+                data=data,
+            )
+        )
 
 
 class _Sender(threading.Thread):

@@ -558,6 +558,43 @@ def test_a_full_disk_costs_measurements_and_not_the_trial(
     assert sum("takes no more records" in message for message in caplog.messages) == 1
 
 
+def test_a_run_whose_start_found_the_disk_full_arrives_once_there_is_room(
+    mlflow_server: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    start = begin(params={"lr": 0.1})
+    with SpoolTracker(tmp_path, mlflow_server, gather_s=0.01) as tracker:
+        with monkeypatch.context() as small:
+            small.setattr(os, "write", full)
+            tracker.start(start)
+            tracker.log(start.key, {"a": 1.0}, 1, NOW + 1)
+        for epoch in (2, 3):
+            tracker.log(start.key, {"a": float(epoch)}, epoch, NOW + epoch)
+        assert tracker.flush(30) == 0
+    assert history(mlflow_server, start.experiment) == {start.key: [(2, 2.0), (3, 3.0)]}
+    client = server.connect(mlflow_server)
+    run = server.get_run(client, server.run_ids(client, start.experiment)[start.key])
+    assert run.data.params == {"lr": "0.1"}
+
+
+def test_a_run_begins_though_its_experiment_was_deleted_meanwhile(
+    mlflow_server: str, begin: Begin, tmp_path: Path
+) -> None:
+    client = server.connect(mlflow_server)
+    first, second = begin(1), begin(2)
+    with SpoolTracker(tmp_path, mlflow_server, gather_s=0.01) as tracker:
+        tracker.start(first)
+        assert tracker.flush(30) == 0
+        client.delete_experiment(server.experiment_id(client, first.experiment))
+        tracker.start(second)
+        tracker.log(second.key, {"a": 1.0}, 1, NOW + 1)
+        assert tracker.flush(30) == 0
+    assert history(mlflow_server, first.experiment)[second.key] == [(1, 1.0)]
+    assert journal.refused(tmp_path) == []
+
+
 def test_a_callback_that_fails_stops_nothing(
     mlflow_server: str, begin: Begin, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
