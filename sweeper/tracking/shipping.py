@@ -2,7 +2,8 @@
 
 What makes it so: times come from the records; a run is looked for by its key before it is created;
 MLflow stores equal points once; and of two attempts at one key, an older one that arrives later
-changes neither status nor existing tags (the tag ``sweeper.started`` says when the latest began).
+changes neither status nor existing tags (the tag ``sweeper.started`` says when the latest began),
+and leaves to the one that is still running the epochs that this has yet to measure.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ _Place = tuple[str, str, str]  # experiment's name, run's key, study's identity
 
 @dataclass(kw_only=True, slots=True)
 class _Run:
-    """A run as the server has it. ``steps``: the steps it has of each metric, as far as known;
-    None for a run that this process created, where nobody else writes."""
+    """A run as the server has it. ``running``: an attempt of it was when the server was asked.
+    ``steps``: the steps it has of each metric, as far as known; None for a run that this process
+    created: older attempts leave to it what it has not measured."""
 
     run_id: str
     started_ms: int
+    running: bool
     steps: dict[str, set[int]] | None
     pending: Batch = field(default_factory=Batch)
 
@@ -86,8 +89,7 @@ class Shipper:
         """
         arrived: list[Path] = []
         if time.time() - self._shipped_at > _AWAY_S:
-            for run in self._runs.values():  # another worker may have gone on with it meanwhile
-                run.steps = {}
+            self._runs.clear()  # other workers may have gone on with them meanwhile
         try:
             for record in records:
                 with self._refusals(record):
@@ -150,6 +152,7 @@ class Shipper:
         run = self._runs[place] = _Run(
             run_id=str(found.info.run_id),
             started_ms=int(started) if started.isdigit() else 0,
+            running=found.info.status == "RUNNING",
             steps={},
         )
         return run
@@ -203,14 +206,15 @@ class Shipper:
                 **({STUDY_ID_TAG: record.study_id} if record.study_id else {}),
             },
         )
-        return _Run(run_id=run_id, started_ms=record.started_ms, steps=None)
+        return _Run(run_id=run_id, started_ms=record.started_ms, running=True, steps=None)
 
     def _gather(self, place: _Place, run: _Run, record: Record) -> None:
         """Put a record's metrics, parameters and tags to what is sent with the next batch."""
         data = record.data
         self._dirty.add(place)
         tags = data.get("tags", {})
-        if tags and record.started_ms < run.started_ms:
+        late = record.started_ms < run.started_ms
+        if tags and late:
             present = mlflow.get_run(self.client, run.run_id).data.tags
             tags = {name: value for name, value in tags.items() if name not in present}
         run.pending.tags.update(tags)
@@ -220,7 +224,8 @@ class Shipper:
                 run.pending.params[name] = value
         step = data.get("step", 0)
         for name, value in data.get("metrics", {}).items():
-            if record.kind is Kind.END or self._is_new(run, name, step):
+            gaps_only = late and run.running
+            if record.kind is Kind.END or self._is_new(run, name, step, gaps_only=gaps_only):
                 run.pending.metrics.append(
                     Point(name=name, value=value, time_ms=record.time_ms, step=step)
                 )
@@ -229,12 +234,17 @@ class Shipper:
             with self._refusals(alone), self._content(record.experiment):
                 mlflow.log_dataset(self.client, run.run_id, data["dataset"])
 
-    def _is_new(self, run: _Run, metric: str, step: int) -> bool:
-        """Whether a run that others wrote to lacks this point; from now on it has it."""
+    def _is_new(self, run: _Run, metric: str, step: int, *, gaps_only: bool) -> bool:
+        """Whether a run that others wrote to lacks this point; from now on it has it.
+
+        ``gaps_only``: a point after the last one is to come from the attempt that is running.
+        """
         if run.steps is None:
             return True
         if metric not in run.steps:
             run.steps[metric] = mlflow.steps_of(self.client, run.run_id, metric)
+        if gaps_only and step > max(run.steps[metric], default=-1):
+            return False
         new = step not in run.steps[metric]
         run.steps[metric].add(step)
         return new

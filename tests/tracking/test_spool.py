@@ -483,6 +483,31 @@ def test_an_older_attempt_that_arrives_late_changes_neither_status_nor_tags(
     }
 
 
+def test_an_older_attempt_that_arrives_beside_a_running_one_doubles_nothing(
+    mlflow_server: str, begin: Begin, tmp_path: Path
+) -> None:
+    """The first worker is killed in an outage; sync sends what it left while the second trains."""
+    first, second = begin(at_ms=NOW), begin(at_ms=NOW + 1000)
+    lost = SpoolTracker(tmp_path, NOWHERE, writer="killed")
+    lost.start(first)
+    for epoch in range(1, 7):
+        lost.log(first.key, {"a": float(epoch)}, epoch, NOW + epoch)
+    lost.close(0)
+    with SpoolTracker(tmp_path, mlflow_server, writer="heir") as tracker:
+        tracker.start(second)
+        for epoch in (1, 3):  # epoch 2 was not in its checkpoint
+            tracker.log(second.key, {"a": float(epoch)}, epoch, NOW + epoch)
+        assert tracker.flush(60) == 0
+        assert replay(tmp_path, mlflow_server).delivered == 7
+        for epoch in range(4, 9):
+            tracker.log(second.key, {"a": 10.0 + epoch}, epoch, NOW + 1000 + epoch)
+        tracker.end(second.key, status="FINISHED", end_time_ms=NOW + 2000)
+        assert tracker.flush(60) == 0
+    assert history(mlflow_server, first.experiment) == {
+        first.key: [(1, 1.0), (2, 2.0), (3, 3.0), *((e, 10.0 + e) for e in range(4, 9))]
+    }
+
+
 def test_a_writer_that_was_away_doubles_nothing_that_its_successor_wrote(
     begin: Begin, mlflow_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
