@@ -110,6 +110,16 @@ def _mlflow(settings: Settings) -> Iterator[Finding]:
 
     if settings.tracking_uri is None:
         running = running_address(settings)
+        if not running and (settings.home / "mlflow.db").exists():
+            from sweeper.tracking.database import is_current
+
+            if not is_current(settings.embedded_tracking_uri):
+                yield Finding(
+                    subject="mlflow",
+                    verdict="note",
+                    found=f"an older MLflow wrote {settings.home / 'mlflow.db'}",
+                    advice="the next launch or report brings it up to date and keeps a copy",
+                )
         yield Finding(
             subject="mlflow",
             verdict="good" if running else "note",

@@ -21,9 +21,10 @@ import time
 import warnings
 from typing import Any, Final
 
+from sweeper.errors import SweeperError, TrackerUnreachableError
 from sweeper.private import private_folder
-from sweeper.settings import Settings
-from sweeper.tracking.database import create_file, created, make_whole
+from sweeper.settings import Settings, masked
+from sweeper.tracking.database import create_file, created, is_current, make_whole
 
 _WATCH_S: Final = 0.5
 _GRACE_S: Final = 5.0
@@ -36,7 +37,10 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     threading.Thread(target=_end_with, args=(arguments.parent,), daemon=True).start()
-    _serve(Settings.resolve(), socket.socket(fileno=arguments.socket))
+    try:
+        _serve(Settings.resolve(), socket.socket(fileno=arguments.socket))
+    except SweeperError as error:
+        sys.exit(f"sweeper: {error}")  # into the log, whose end the launch shows
 
 
 def _end_with(parent: int) -> None:
@@ -80,6 +84,11 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     from mlflow.server.handlers import initialize_backend_stores
 
     with turn:
+        if not is_current(address):
+            raise TrackerUnreachableError(
+                f"an older MLflow wrote the database {masked(address)}; back it up, then run: "
+                f"mlflow db upgrade '{masked(address)}'"
+            )
         initialize_backend_stores(address, address, root)
     server = uvicorn.Server(
         uvicorn.Config(

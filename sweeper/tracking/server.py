@@ -117,6 +117,7 @@ class LocalServer:
         private_folder(log.parent)
         if log.exists() and log.stat().st_size > _LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
+        begins = log.stat().st_size if log.exists() else 0
         listener = _listener(settings)
         port = int(listener.getsockname()[1])
         with listener, open(log, "ab", opener=private_opener) as output:
@@ -134,14 +135,16 @@ class LocalServer:
                 start_new_session=True,  # Ctrl-C is for us; the server ends after the last record
             )
         try:
-            self._wait_until_healthy(self._process, port)
+            self._wait_until_healthy(self._process, port, begins)
             _write(settings.server_file, self._process.pid, port)
         except BaseException:
             self.stop()
             raise
         return _address(port)
 
-    def _wait_until_healthy(self, process: subprocess.Popen[bytes], port: int) -> None:
+    def _wait_until_healthy(
+        self, process: subprocess.Popen[bytes], port: int, log_begins: int
+    ) -> None:
         until = time.monotonic() + self._start_timeout_s
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > until:
@@ -152,7 +155,7 @@ class LocalServer:
                 )
                 raise TrackerUnreachableError(
                     f"the MLflow server must start, but {found}; the end of "
-                    f"{self._settings.server_log}:\n{_tail(self._settings.server_log)}"
+                    f"{self._settings.server_log}:\n{_tail(self._settings.server_log, log_begins)}"
                 )
             time.sleep(0.05)
 
@@ -228,8 +231,10 @@ def _listener(settings: Settings) -> socket.socket:
     raise TrackerUnreachableError(f"no port of {_HOST} can be had for the MLflow server")
 
 
-def _tail(log: Path, lines: int = 20) -> str:
+def _tail(log: Path, begins: int, lines: int = 20) -> str:
+    """The last lines of what was written after the byte ``begins``."""
     try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+        written = log.read_bytes()[begins:].decode(errors="replace")
+        return "\n".join(written.splitlines()[-lines:])
     except OSError as error:
         return str(error)

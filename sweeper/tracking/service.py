@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from sweeper.errors import TrackerUnreachableError
 from sweeper.settings import Owner, Settings
-from sweeper.tracking.database import is_there
+from sweeper.tracking.database import bring_up_to_date, is_there
 from sweeper.tracking.server import LocalServer, running_address
 from sweeper.tracking.spool import Address, Replayed, SpoolTracker, replay
 
@@ -104,16 +104,15 @@ class TrackingService:
 def readable_uri(settings: Settings) -> str | None:
     """Where a study's runs can be read: the server, or the embedded database without one.
 
-    None where nothing was ever tracked.
+    None where nothing was ever tracked. Raises TrackerUnreachableError.
     """
     uri = settings.tracking_uri or running_address(settings)
     if uri is not None:
         return uri
-    there = (
-        is_there(settings.store_url, settings.embedded_tracking_uri)
-        if settings.on_postgres
-        else (settings.home / "mlflow.db").exists()
-    )
+    if settings.on_postgres:
+        there = is_there(settings.store_url, settings.embedded_tracking_uri)
+    elif there := (settings.home / "mlflow.db").exists():
+        bring_up_to_date(settings.home / "mlflow.db")
     return settings.embedded_tracking_uri if there else None
 
 

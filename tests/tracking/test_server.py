@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,10 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sweeper.cli.checks import _mlflow
 from sweeper.errors import TrackerUnreachableError
-from sweeper.settings import Settings
+from sweeper.settings import Settings, sqlite_url
 from sweeper.tracking import LocalServer, RunStart, SpoolTracker, running_address
 from sweeper.tracking import mlflow as server
+from sweeper.tracking.database import is_current
+from sweeper.tracking.service import readable_uri
 
 pytestmark = pytest.mark.mlflow
 
@@ -251,3 +255,70 @@ def test_a_server_that_was_killed_while_it_created_its_database_leaves_nothing_i
     with LocalServer(settings) as second:
         assert get(f"{second.ensure()}/health") == b"OK"
     assert not list(settings.home.glob("mlflow.db.new*"))
+
+
+def written_by_an_older_mlflow(database: Path) -> str:
+    """Create a database of the schema before the last; which one that is."""
+    import sqlalchemy
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db import utils
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    database.parent.mkdir()
+    engine = sqlalchemy.create_engine(sqlite_url(database))
+    Base.metadata.create_all(engine)
+    config = utils._get_alembic_config(sqlite_url(database))
+    scripts = ScriptDirectory.from_config(config)
+    before = scripts.get_revision(scripts.get_heads()[0]).down_revision
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, before)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage) "
+            "VALUES (7, 'kept', 'file:///none', 'active')"
+        )
+    engine.dispose()
+    return str(before)
+
+
+@pytest.mark.parametrize("through", ["server", "file"])
+def test_a_database_of_an_older_mlflow_is_brought_up_to_date(
+    settings: Settings, through: str
+) -> None:
+    database = settings.home / "mlflow.db"
+    found = written_by_an_older_mlflow(database)
+    assert not is_current(settings.embedded_tracking_uri)
+    [said] = [item for item in _mlflow(settings) if "older" in item.found]
+    assert (said.verdict, str(database) in said.found) == ("note", True)
+    if through == "server":
+        with LocalServer(settings) as local:
+            assert server.experiment_id(server.connect(local.ensure()), "kept") == "7"
+    else:
+        uri = readable_uri(settings)
+        assert uri is not None
+        assert server.experiment_id(server.connect(uri), "kept") == "7"
+    assert is_current(settings.embedded_tracking_uri)
+    kept = database.with_name(f"mlflow.db.{found}")
+    assert not is_current(sqlite_url(kept))
+    assert kept.stat().st_mode & 0o077 == 0
+
+
+def test_a_database_of_a_newer_mlflow_is_left_alone(settings: Settings) -> None:
+    database = settings.home / "mlflow.db"
+    written_by_an_older_mlflow(database)
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'deadbeef'")
+        connection.commit()
+    with pytest.raises(TrackerUnreachableError, match="newer one wrote it"):
+        readable_uri(settings)
+    with (
+        pytest.raises(TrackerUnreachableError) as caught,
+        LocalServer(settings),
+    ):
+        pass
+    first, *said = str(caught.value).splitlines()
+    assert "ended with code 1" in first
+    assert len(said) == 1
+    assert "newer one wrote it" in said[0]
