@@ -65,7 +65,7 @@ COMMIT_TAG: Final = "mlflow.source.git.commit"
 WEIGHTS_FILE: Final = "weights.safetensors"
 WEIGHTS_FOLDER: Final = "weights"
 
-_CLOCKS_MS: Final = 60_000
+CLOCKS_MS: Final = 60_000
 """So much may the clocks of two machines differ."""
 
 ROLE_TRIAL: Final = "trial"
@@ -332,7 +332,7 @@ class Owner:
         tagged = tags.get(STUDY_ID_TAG, "")
         if tagged or not self.identity:
             return tagged == self.identity or not self.identity
-        return run_id in self.run_ids or started_ms >= self.since_ms - _CLOCKS_MS
+        return run_id in self.run_ids or started_ms >= self.since_ms - CLOCKS_MS
 
 
 ANYBODY: Final = Owner()

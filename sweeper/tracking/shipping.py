@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
 from sweeper.private import private_opener
-from sweeper.settings import RUN_KEY_TAG, STARTED_TAG, STUDY_ID_TAG, Owner
+from sweeper.settings import (
+    ATTEMPT_TAG,
+    CLOCKS_MS,
+    RUN_KEY_TAG,
+    STARTED_TAG,
+    STUDY_ID_TAG,
+    TRIAL_TAG,
+    Owner,
+)
 from sweeper.tracking import mlflow
 from sweeper.tracking.batch import Batch, Point, batches, halves
 from sweeper.tracking.journal import lock
@@ -55,6 +63,15 @@ class _Run:
     running: bool
     steps: dict[str, set[int]] | None
     pending: Batch = field(default_factory=Batch)
+    replaced: dict[int, bool] = field(default_factory=dict)
+    """Of attempts, by when they began: whether the run has had a later one, by their numbers."""
+
+    def is_replaced(self, started_ms: int) -> bool:
+        """Whether a later attempt has taken the place of the one that began then.
+
+        Where its numbers are not known, only if it began so much earlier that no clock is wrong.
+        """
+        return self.replaced.get(started_ms, started_ms < self.started_ms - CLOCKS_MS)
 
 
 class Shipper:
@@ -148,12 +165,14 @@ class Shipper:
         return self._remember(place, found)
 
     def _remember(self, place: _Place, found: Run) -> _Run:
+        before = self._runs.get(place)
         started = found.data.tags.get(STARTED_TAG, "0")
         run = self._runs[place] = _Run(
             run_id=str(found.info.run_id),
             started_ms=int(started) if started.isdigit() else 0,
             running=found.info.status == "RUNNING",
             steps={},
+            replaced={} if before is None else before.replaced,
         )
         return run
 
@@ -185,6 +204,9 @@ class Shipper:
                 run = self._runs[place] = self._create(experiment, record)
             else:
                 run = self._remember(place, found)
+                this, latest = _attempt(record.data.get("tags", {})), _attempt(found.data.tags)
+                if this and latest:
+                    run.replaced[record.started_ms] = this < latest
                 if record.study_id:  # an older version began it
                     run.pending.tags[STUDY_ID_TAG] = record.study_id
                 if record.started_ms > run.started_ms:
@@ -224,7 +246,7 @@ class Shipper:
                 run.pending.params[name] = value
         step = data.get("step", 0)
         for name, value in data.get("metrics", {}).items():
-            gaps_only = late and run.running
+            gaps_only = run.running and run.is_replaced(record.started_ms)
             if record.kind is Kind.END or self._is_new(run, name, step, gaps_only=gaps_only):
                 run.pending.metrics.append(
                     Point(name=name, value=value, time_ms=record.time_ms, step=step)
@@ -323,6 +345,12 @@ class Shipper:
         level = logging.DEBUG if key in self._warned else logging.WARNING
         self._warned.add(key)
         _log.log(level, "MLflow refuses a part of the run %s, it is set aside: %s", key, error)
+
+
+def _attempt(tags: Mapping[str, str]) -> tuple[int, int] | None:
+    """Which attempt of a trial wrote these tags: later ones are greater, whatever clocks say."""
+    numbers = (tags.get(TRIAL_TAG, ""), tags.get(ATTEMPT_TAG, ""))
+    return (int(numbers[0]), int(numbers[1])) if all(map(str.isdecimal, numbers)) else None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.errors import TrackerRefusedError
-from sweeper.settings import RUN_KEY_TAG, Owner
+from sweeper.settings import ATTEMPT_TAG, RUN_KEY_TAG, TRIAL_TAG, Owner
 from sweeper.tracking import RunStart, SpoolTracker, journal, replay, shipping
 from sweeper.tracking import mlflow as server
 from sweeper.tracking.batch import Batch
@@ -493,7 +493,8 @@ def test_an_older_attempt_that_arrives_beside_a_running_one_doubles_nothing(
     mlflow_server: str, begin: Begin, tmp_path: Path
 ) -> None:
     """The first worker is killed in an outage; sync sends what it left while the second trains."""
-    first, second = begin(at_ms=NOW), begin(at_ms=NOW + 1000)
+    first = begin(at_ms=NOW, tags=numbered(0, 1))
+    second = begin(at_ms=NOW + 1000, tags=numbered(2, 1))
     lost = SpoolTracker(tmp_path, NOWHERE, writer="killed")
     lost.start(first)
     for epoch in range(1, 7):
@@ -512,6 +513,31 @@ def test_an_older_attempt_that_arrives_beside_a_running_one_doubles_nothing(
     assert history(mlflow_server, first.experiment) == {
         first.key: [(1, 1.0), (2, 2.0), (3, 3.0), *((e, 10.0 + e) for e in range(4, 9))]
     }
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (0, 2)])
+def test_a_later_attempt_loses_nothing_though_its_clock_is_behind(
+    mlflow_server: str, begin: Begin, tmp_path: Path, numbers: tuple[int, int]
+) -> None:
+    first = begin(at_ms=NOW + 600_000, tags=numbered(0, 1))
+    second = begin(at_ms=NOW, tags=numbered(*numbers))
+    with SpoolTracker(tmp_path, mlflow_server, writer="killed") as killed:
+        killed.start(first)
+        killed.log(first.key, {"a": 1.0}, 1, NOW + 600_001)
+        assert killed.flush(60) == 0
+    with SpoolTracker(tmp_path, mlflow_server, writer="heir") as heir:
+        heir.start(second)
+        for epoch in range(1, 6):
+            heir.log(second.key, {"a": float(epoch)}, epoch, NOW + epoch)
+        assert heir.flush(60) == 0
+    assert history(mlflow_server, first.experiment) == {
+        first.key: [(epoch, float(epoch)) for epoch in range(1, 6)]
+    }
+
+
+def numbered(trial: int, attempt: int) -> dict[str, str]:
+    """The tags by which attempts are told apart."""
+    return {TRIAL_TAG: str(trial), ATTEMPT_TAG: str(attempt)}
 
 
 def test_a_writer_that_was_away_doubles_nothing_that_its_successor_wrote(
