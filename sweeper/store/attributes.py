@@ -29,6 +29,7 @@ WORKER: Final = "sweeper.worker"
 DRAWN: Final = "sweeper.drawn"
 RUN_ID: Final = "sweeper.run_id"
 ALONE: Final = "sweeper.alone"
+PRUNED_AFTER: Final = "sweeper.pruned_after"
 PARAMETERS: Final = "sweeper.model_parameters"
 
 # of a trial, written as it ends

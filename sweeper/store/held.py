@@ -124,13 +124,18 @@ def should_prune(
         if known is None:  # its rungs are to be fresh, or it is younger than what was read
             with _owned():
                 known = _as_begun(store.storage.get_trial(claimed.trial_id))
+        if known.user_attrs.get(attr.PRUNED_AFTER, epoch + 1) <= epoch:
+            return True  # decided before, but whoever asked did not live to end the trial
         frozen = copy.copy(known)
         frozen.intermediate_values = {
             step: value
             for step, value in {**known.intermediate_values, **told}.items()
             if step <= epoch
         }
-        return bool(study.pruner.prune(study, frozen))
+        pruned = bool(study.pruner.prune(study, frozen))
+        if pruned and isinstance(study.pruner, _KEEP_RUNGS):  # its rung says passed from now on
+            store.storage.set_trial_user_attr(claimed.trial_id, attr.PRUNED_AFTER, epoch)
+        return pruned
 
 
 class _AsBegun:

@@ -231,7 +231,10 @@ def _successor(trial: FrozenTrial) -> FrozenTrial:
 
     A state of CMA-ES stays behind: the youngest trial's counts, and this one would be the youngest.
     """
-    kept = (attr.TICKET, attr.FIXED, attr.SET, attr.DRAWN, attr.RUN_ID, attr.ALONE)
+    kept = (
+        *(attr.TICKET, attr.FIXED, attr.SET, attr.DRAWN, attr.RUN_ID, attr.ALONE),
+        attr.PRUNED_AFTER,
+    )
     known = trial.user_attrs
     failed = {**known.get(attr.FAILURES, {}), known.get(attr.OUTCOME): _failures(trial) + 1}
     return create_trial(

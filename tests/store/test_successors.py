@@ -60,6 +60,26 @@ def test_no_trial_competes_with_the_one_that_it_replaced(
     assert pruned_after(store, study, other, [0.81, 0.82]) == 2
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_to_be_pruned_is_pruned_though_its_worker_died_before_it_said_so(
+    store: Store, started: Start, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setattr(held, "_PRUNER_SLACK_S", 0.0)
+    study = started(
+        search={"trials": 2, "sampler": "random", "pruner": {"name": "asha", "reduction": 2}}
+    )
+    assert pruned_after(store, study, claimed(store, study), CURVE) is None
+    bad = claimed(store, study, "b")
+    assert pruned_after(store, study, bad, [0.1] * 8) == 1
+    if lost:
+        lose(store, study, "b")
+    else:
+        held.put_back(store, bad)
+    again = claimed(store, study, "c")
+    assert again.origin == bad.number
+    assert pruned_after(store, study, again, [0.1] * 8, resumed=1) == 2
+
+
 def test_a_successor_stays_in_the_bracket_of_the_first_attempt(
     store: Store, started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
