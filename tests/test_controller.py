@@ -161,6 +161,8 @@ def test_nobody_is_started_for_a_study_that_has_enough(
     assert studies.control(store, found.study.id) is Control.STOP
     more = sweep(search={**search, "stop": {"target": 0.6}})
     assert (len(crew(more).alive), more.enough) == (4, "")
+    found.tick()  # goes by what the study is now, not by what it was when this launch began
+    assert studies.control(store, found.study.id) is Control.RUN
 
 
 # --- a study whose first trials all crash alike

@@ -173,7 +173,17 @@ def pause(study: StudyArgument, store: StoreOption = None, home: HomeOption = No
 
 def resume(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
     """Let the workers of a paused or stopped study take trials again."""
-    _ask(study, store, home, "run", "resumed")
+    from sweeper.store import studies
+
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        _, why = studies.asked(opened, studies.load(opened, study).id)
+    _ask(
+        study,
+        store,
+        home,
+        "run",
+        f"resumed; it had been stopped: {plain(why)}" if why else "resumed",
+    )
 
 
 def stop(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:
@@ -200,10 +210,11 @@ def extend(
 
     with _opened(Settings.resolve(home=home, store=store)) as opened:
         found = extended(opened, study, more)
-        control = studies.control(opened, found.id)
+        control, why = studies.asked(opened, found.id)
     sys.stdout.write(f"{study}: a budget of {found.spec.search.trials} trials, {more} more\n")
     if control is not Control.RUN:
-        sys.stdout.write(f"{study} is asked to {control}: sweeper resume {study}\n")
+        what = plain(why) or f"sweeper resume {study}"
+        sys.stdout.write(f"{study} is asked to {control}: {what}\n")
 
 
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:

@@ -12,16 +12,24 @@ from sweeper.store.studies import StoredStudy
 def stop_if_enough(store: Store, study: StoredStudy, now: Progress) -> str:
     """Ask the study's workers to begin no further trial if it has enough; why, else nothing.
 
-    Whoever looks may do this, twice or at once with another. A study that was asked for something
-    else is left alone.
+    Whoever looks may do this, twice or at once with another. What counts is the study's spec as the
+    store has it: another launch may have changed that. A study that was asked for something else is
+    left alone.
     """
-    reason = _reason(store, study, now)
-    if reason and not now.over and studies.control(store, study.id) is Control.RUN:
+    if now.over or not _reason(store, study, now):
+        return ""
+    reason = _reason(store, studies.load(store, study.name), now)
+    if reason and studies.control(store, study.id) is Control.RUN:
         studies.ask(store, study.id, Control.STOP, why=reason)
     return reason
 
 
 def _reason(store: Store, study: StoredStudy, now: Progress) -> str:
+    found = _found(store, study, now)
+    return f"{found}; to go on, launch it with another search.stop" if found else ""
+
+
+def _found(store: Store, study: StoredStudy, now: Progress) -> str:
     stop, objective = study.spec.search.stop, study.spec.objective[0]
     if stop.failures is not None and now.counts["failed"] >= stop.failures:
         return f"{now.counts['failed']} trials have failed (search.stop.failures: {stop.failures})"

@@ -224,7 +224,8 @@ class Stop(Section):
 
     ``target``: a completed trial's objective is as good as this. ``patience``: so many trials have
     ended since the best one did, and none was better; failed ones do not count. ``failures``: so
-    many trials have failed. Trials that are running go on to their end.
+    many trials have failed. Trials that are running go on to their end. Launch the file with other
+    values here to go on: ``resume`` does not change what is enough.
     """
 
     target: float | None = None
