@@ -82,17 +82,24 @@ def widen_convolutions(model: nn.Module, precision: Precision) -> None:
     if precision.device_type != "cpu" or precision.autocast is not torch.bfloat16:
         return
     for layer in model.modules():
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and _is_torchs(layer):
             forward = partial(_convolved, layer, layer.forward)
             layer.forward = forward  # type: ignore[method-assign]  # of this layer alone
 
 
+def _is_torchs(layer: nn.Module) -> bool:
+    """Whether what it does is torch's own: a subclass may take other arguments."""
+    return type(layer).forward in {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+
+
 def _convolved(
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, forward: Callable[[Tensor], Tensor], x: Tensor
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    forward: Callable[[Tensor], Tensor],
+    input: Tensor,  # noqa: A002 - the name that torch's own has
 ) -> Tensor:
     reaches = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    sides = x.shape[-len(reaches) :]
+    sides = input.shape[-len(reaches) :]
     if all(max(step) <= side for *step, side in zip(reaches, layer.stride, sides, strict=True)):
-        return forward(x)
+        return forward(input)
     with torch.autocast("cpu", enabled=False):
-        return forward(x.float())
+        return forward(input.float())

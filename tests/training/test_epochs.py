@@ -353,6 +353,21 @@ def test_kernels_that_meet_padding_only_have_their_gradient_in_bfloat16_too(
         assert layer(torch.randn(2, channels, 7, 7)).dtype == torch.bfloat16
 
 
+class Scaled(nn.Conv2d):
+    """A convolution of somebody's own, with an argument of its own."""
+
+    def forward(self, x_BCHW: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x_BCHW) * scale
+
+
+def test_a_convolution_of_ones_own_is_called_as_it_was() -> None:
+    model = nn.ModuleList([Scaled(1, 1, 3), nn.Conv2d(1, 1, 3, padding=1)])
+    widen_convolutions(model, precision_of(TrainConfig(precision="bfloat16"), CPU))
+    x_BCHW = torch.zeros(2, 1, 5, 5)
+    assert model[0](x_BCHW, 2.0).shape == (2, 1, 3, 3)
+    assert model[1](input=x_BCHW).shape == x_BCHW.shape
+
+
 def test_a_trial_in_bfloat16_has_them_too(
     make_config: MakeConfig, make_dataset: MakeDataset
 ) -> None:
