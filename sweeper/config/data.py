@@ -6,7 +6,6 @@ that does not divide the image is found in the study file and not by a worker.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -172,7 +171,14 @@ class ImageFolder(_Images):
     @field_validator("root")
     @classmethod
     def _one_spelling_a_folder(cls, root: str) -> str:
-        return os.path.normpath(root)
+        """``..`` takes back what is before it, but for a link, whose parent is elsewhere."""
+        parts: list[str] = []
+        for part in Path(root).parts:
+            if part != ".." or not parts or parts[-1] == ".." or Path(*parts).is_symlink():
+                parts.append(part)
+            elif len(parts) > 1 or not Path(parts[0]).is_absolute():
+                parts.pop()
+        return str(Path(*parts))
 
 
 DataConfig = Annotated[

@@ -245,6 +245,17 @@ def test_a_folder_is_the_same_one_however_its_path_is_spelled(
     assert StudySpec.model_validate_json(json.dumps(content)) == spec
 
 
+def test_the_folder_above_a_link_is_where_the_system_finds_it(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder()
+    (root.parent / "here").mkdir()
+    (root.parent / "here/link").symlink_to(root / "train")
+    monkeypatch.chdir(root.parent / "here")
+    spec = loads(folder_study("link/.."))  # not "here", which has no pictures
+    assert Path(spec.data.root).samefile(root)  # type: ignore[union-attr]  # an image folder
+
+
 def test_conditions_on_a_folder_are_made_absolute_as_its_values_are(
     image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
