@@ -16,12 +16,14 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-_NUMPY: Final = ("numpy._core.multiarray", "numpy.core.multiarray")
+_NUMPY: Final = ("numpy._core", "numpy.core")
+"""Since NumPy 2, and before."""
 _HARMLESS: Final = {
     ("cmaes._cma", "CMA"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
-    *((module, name) for module in _NUMPY for name in ("_reconstruct", "scalar")),
+    *((f"{core}.multiarray", name) for core in _NUMPY for name in ("_reconstruct", "scalar")),
+    *((f"{core}.numeric", "_frombuffer") for core in _NUMPY),
 }
 """What the state of an optimizer without margin consists of."""
 

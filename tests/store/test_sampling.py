@@ -8,11 +8,14 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import cmaes
+import numpy as np
 import optuna
 import pytest
 
 from sweeper.space import grid
 from sweeper.store import sampling
+from sweeper.store.samplers import CmaEsSampler
 from sweeper.study.spec import StudySpec
 
 Make = Callable[..., StudySpec]
@@ -234,6 +237,17 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.system, ("exit 7",)
+
+
+@pytest.mark.parametrize("protocol", range(4, pickle.HIGHEST_PROTOCOL + 1))
+def test_the_state_of_cmaes_is_read_whoever_has_pickled_it(protocol: int) -> None:
+    optimizer = cmaes.CMA(mean=np.zeros(2), sigma=1.0, bounds=np.array([[0.0, 1.0]] * 2))
+    asked = [(optimizer.ask(), float(value)) for value in range(optimizer.population_size)]
+    optimizer.tell(asked)
+    state = pickle.dumps(optimizer, protocol=protocol).hex()
+    trial = optuna.trial.create_trial(value=0.5, system_attrs={"cma:optimizer:0": state})
+    read = CmaEsSampler(n_startup_trials=1)._restore_optimizer([trial])
+    assert (read.generation, read.dim) == (1, 2)
 
 
 def test_the_state_of_cmaes_is_kept_and_runs_nothing(spec: Make) -> None:
