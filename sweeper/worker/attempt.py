@@ -266,7 +266,9 @@ class Attempt:
         return None
 
     def save(self, training: Trial) -> None:
-        """Write a checkpoint after the last finished epoch."""
+        """Write a checkpoint after the last finished epoch, unless that one diverged."""
+        if self.epochs and not self.epochs[-1].measurement.finite:
+            return
         self._kept.write(training, self.epochs, self._seconds)
 
     @property
