@@ -67,13 +67,19 @@ def test_a_worker_that_is_told_to_end_says_so_and_one_whose_study_is_over_ends_w
     endless.run("worker", "small")
 
 
+def lives_alone(process: psutil.Process) -> bool:
+    """Whether it is there and has no children; it may end while it is asked."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE and not process.children()
+    return False
+
+
 def test_one_of_several_that_somebody_else_tells_to_end_is_replaced(endless: Sweeper) -> None:
     with started(endless, "--count", "2") as parent:
 
         def busy() -> set[int]:
             found = psutil.Process(parent.pid).children(recursive=True)
-            living = [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
-            return {each.pid for each in living if not each.children()}
+            return {each.pid for each in found if lives_alone(each)}
 
         eventually(lambda: counts(endless)["running"] == 2)
         first, second = sorted(busy())

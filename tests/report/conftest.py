@@ -160,7 +160,6 @@ def row(number: int, **facts: Any) -> TrialRow:
         "ended": NOON + timedelta(minutes=number + 1),
         "attempt": 1,
         "origin": number,
-        "reference": None,
         "run_id": None,
         "worker": "w",
         "outcome": "completed",

@@ -47,7 +47,7 @@ def test_a_parameter_is_compared_with_what_it_leaves_to_defaults(
         parameters={"data.augment": choices},
     ).now
     runs = [run_of(now, number) for number in range(len(choices))]
-    monkeypatch.setattr(agreement, "audited", lambda *_: runs)
+    monkeypatch.setattr(agreement, "audited", lambda *_, owner: runs)
     assert agreement.differences(now, settings) == []
     runs[1] = replace(runs[1], params={**runs[1].params, "data.augment": text([CROP])})
     (found,) = agreement.differences(now, settings)
@@ -75,7 +75,12 @@ def test_final_metrics_are_settled_at_the_last_epoch(
     run = replace(run_of(now, 0), status="RUNNING", points=points)
     wanted: list[list[str]] = []
     told: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(agreement, "audited", lambda *args: wanted.append(args[2]) or [run])
+
+    def audited(_settings: Settings, _study: str, metrics: list[str], owner: Any) -> Any:
+        wanted.append(metrics)
+        return [run]
+
+    monkeypatch.setattr(agreement, "audited", audited)
     monkeypatch.setattr(agreement, "end_run", lambda *args: told.append(args[2:]))
     assert agreement.settle(now, settings) == 1
     tags = {"sweeper.state": "complete", "sweeper.outcome": "completed"}
