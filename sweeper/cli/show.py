@@ -141,7 +141,7 @@ def best(
         now = standing(opened, studies.load(opened, study))
     row = now.best
     if row is None:
-        sys.stderr.write(f"sweeper: no trial of {study!r} has completed yet\n")
+        sys.stderr.write(f"sweeper: no trial of {study!r} has completed\n")
         raise typer.Exit(1)
     if json_:
         config = now.spec.trial_config(row.params).model_dump(mode="json")

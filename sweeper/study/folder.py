@@ -30,6 +30,12 @@ def folder_mistake(name: str) -> str | None:
             f"train and test must have the same classes, but {odd[0]!r} of {there} is not in "
             f"{lacking}"
         )
+    if len(classes["train"]) == 1:
+        (only,) = classes["train"]
+        return (
+            f"there must be two classes at least, but {root / 'train'} has {only!r} alone; add "
+            "another one to train and test, or move the classes up where they are inside it"
+        )
     if shape_of(ImageFolder(name="image_folder", root=name)) is None:
         return f"the images must be readable, but the first one of {root / 'train'} is not"
     return None

@@ -76,7 +76,7 @@ class TrackingService:
         try:
             server.ensure()
             self._problem = ""
-        except TrackerUnreachableError as error:
+        except (TrackerUnreachableError, OSError) as error:  # a folder that takes no files
             self._problem = str(error)
 
     def wait(self) -> str:

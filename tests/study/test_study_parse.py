@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -296,6 +297,12 @@ def test_an_image_folder_that_is_not_laid_out_as_one_is_a_mistake(
     assert f"{layout}, but {empty} has no folder train" in told(empty)
     root = image_folder()
     assert mistakes(folder_study(root)) == []
+    deep = tmp_path / "deep"  # a level too many
+    for part in ("train", "test"):
+        (deep / part).mkdir(parents=True)
+        shutil.copytree(root / part / "cat", deep / part / "pictures")
+    assert "at least, but " in told(deep)
+    assert "has 'pictures' alone; add another one" in told(deep)
     (root / "train" / "extra").mkdir()
     (root / "train" / "extra" / "0.png").write_bytes(b"")
     assert "train and test must have the same classes, but 'extra' of train" in told(root)
