@@ -12,7 +12,7 @@ from sweeper.config.model import Timm
 from sweeper.optim import Loss
 from sweeper.training.inputs import Inputs
 from sweeper.training.precision import Precision
-from sweeper.training.step import Totals
+from sweeper.training.step import Totals, hits_of
 from sweeper.training.turns import Steps, settled
 
 _VALUES_A_BATCH: Final = {"cpu": 2**18, "cuda": 2**24}
@@ -54,6 +54,6 @@ def evaluate(
         x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
         with precision.forward():
             logits_BK = model(x_BCHW)
-        totals.add(loss(logits_BK, labels_B), logits_BK, labels_B)
+        totals.add(loss(logits_BK, labels_B), hits_of(logits_BK, labels_B), len(labels_B))
     yield from settled(device)
     return totals.means(len(inputs))

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from sweeper.config import DataShape, TrialConfig
 from sweeper.training.capture import CapturedStep, CaptureError
 from sweeper.training.compiling import (
     CompileError,
     Compiling,
+    compiled,
     decide,
     lacking,
     program,
@@ -29,7 +29,7 @@ from sweeper.training.compiling import (
 )
 from sweeper.training.device import noise, repeatable, synchronize
 from sweeper.training.inputs import Order
-from sweeper.training.step import Step
+from sweeper.training.step import Measure, Step
 
 _TIMED_STEPS: Final = {"cpu": 3, "cuda": 20}
 _LONG_ENOUGH_S: Final = 0.5
@@ -80,7 +80,7 @@ class ReadyStep:
         self._order = order
         self._device = device
         self._state, self._restore = state, restore
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._compiled: Measure | None = None
         self._code: Path | None = None
         self._before: Mapping[str, Any] = {}
         self.graph: CapturedStep | None = None
@@ -137,7 +137,9 @@ class ReadyStep:
         if self._compiled is None:
             try:
                 with ready(self._code), self._rehearsal() as undo:
-                    self._compiled = self._step.compiled = self._step.update.compiled()
+                    self._compiled = self._step.measure = compiled(
+                        self._step.measured, self._device
+                    )
                     try:
                         self._run()  # compiles both passes
                     finally:
@@ -146,7 +148,7 @@ class ReadyStep:
                 self._compiled = None
                 self.plain()
                 raise
-        self._step.compiled = self._compiled
+        self._step.measure = self._compiled
         self.capture()
         synchronize(self._device)
         return time.perf_counter() - began
@@ -154,7 +156,7 @@ class ReadyStep:
     def plain(self) -> None:
         """See :meth:`sweeper.training.compiling.Rehearsed.plain`."""
         self.close()
-        self._step.compiled = self._step.update.forward
+        self._step.measure = self._step.measured
         self.capture()
 
     def step_s(self) -> float:

@@ -18,7 +18,7 @@ from sweeper.private import private_folder, private_opener
 
 _log = logging.getLogger(__name__)
 
-STEP: Final = "step 2"
+STEP: Final = "step 3"
 """Part of the keys: what was measured of an older training step of sweeper's own is of no use."""
 
 

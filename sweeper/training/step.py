@@ -5,6 +5,7 @@ Shapes: ``B`` images of a batch, ``K`` classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from sweeper.optim import Loss
 from sweeper.training.inputs import Inputs
 from sweeper.training.precision import Precision
-from sweeper.training.update import Forward, Update
+from sweeper.training.update import Update
+
+Measure = Callable[[Mapping[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
+"""See :meth:`Step.measured`."""
 
 
 class Totals:
@@ -28,15 +32,21 @@ class Totals:
         self._loss.zero_()
         self._correct.zero_()
 
-    def add(self, mean_loss: Tensor, logits_BK: Tensor, labels_B: Tensor) -> None:
-        """Count one batch. No gradient may be recorded here."""
-        self._loss.add_(mean_loss, alpha=len(labels_B))
-        self._correct.add_((logits_BK.argmax(1) == labels_B).sum())
+    @torch.no_grad()
+    def add(self, mean_loss: Tensor, hits: Tensor, count: int) -> None:
+        """Count one batch of ``count`` images."""
+        self._loss.add_(mean_loss, alpha=count)
+        self._correct.add_(hits)
 
     def means(self, count: int) -> tuple[float, float]:
         """Mean loss and accuracy over ``count`` images. Waits for the device."""
         loss, correct = torch.stack([self._loss, self._correct.double()]).tolist()
         return loss / count, correct / count
+
+
+def hits_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of a batch are right: of logits [..., B, K] and labels [..., B], one number each."""
+    return (logits.argmax(-1) == labels).sum(-1)
 
 
 @dataclass(kw_only=True)
@@ -45,7 +55,8 @@ class Step:
 
     The host never waits for the device in here, so a CUDA graph can hold all of it (float16
     with an optimizer that is not fused excepted: ``GradScaler`` then asks the device whether to
-    skip the update). ``compiled`` runs full batches only: every other size would be compiled again.
+    skip the update). ``measure`` is :meth:`measured`, compiled or not, for full batches only: every
+    other size would be compiled again.
     """
 
     model: nn.Module
@@ -56,21 +67,29 @@ class Step:
     totals: Totals
 
     def __post_init__(self) -> None:
-        self.compiled: Forward = self.update.forward
+        self.measure: Measure = self.measured
 
     def full(self, index_B: Tensor) -> None:
         """Train on a batch of the configured size."""
-        self._train(index_B, self.compiled)
+        self._train(index_B, self.measure)
 
     def partial(self, index_B: Tensor) -> None:
         """Train on a batch of any other size."""
-        self._train(index_B, self.update.forward)
+        self._train(index_B, self.measured)
 
-    def _train(self, index_B: Tensor, forward: Forward) -> None:
+    def measured(
+        self, weights: Mapping[str, Tensor], x_BCHW: Tensor, labels_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and hits of a batch: what ``train.compile`` compiles, both passes.
+
+        Summed outside: torch 2.11 loses what compiled code adds to a tensor that it was not given.
+        """
+        logits_BK = self.update.logits(weights, x_BCHW)
+        return self.loss(logits_BK, labels_B), hits_of(logits_BK, labels_B)
+
+    def _train(self, index_B: Tensor, measure: Measure) -> None:
         x_BCHW, labels_B = self.inputs.take(index_B)
         with self.precision.forward():
-            logits_BK = forward(x_BCHW)
-        loss = self.loss(logits_BK, labels_B)
+            loss, hits = measure(self.update.weights, x_BCHW, labels_B)
         self.update.apply(loss)
-        with torch.no_grad():
-            self.totals.add(loss, logits_BK, labels_B)
+        self.totals.add(loss, hits, len(labels_B))

@@ -7,7 +7,7 @@ for a small model 70 to 80 µs of a step on an H100, as most of it is idle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 from sweeper.config import TrialConfig
 from sweeper.optim import make_optimizer, set_lr
-from sweeper.training.compiling import compiled
 from sweeper.training.precision import Precision, widen_convolutions
 from sweeper.training.rows import fits
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
@@ -31,16 +30,14 @@ from sweeper.training.rows.optimizer import FusedUpdate, RowOptimizer, fused_upd
 from sweeper.training.state import optimizer_state as torch_optimizer_state
 from sweeper.training.state import restore_optimizer
 
-Forward = Callable[[Tensor], Tensor]
-
 
 class Update(Protocol):
-    """``forward`` is the model with the weights that are trained, x_BCHW -> logits [B, classes]."""
+    """``weights`` are what a forward pass is given of those that are trained, by name."""
 
-    forward: Forward
+    weights: Mapping[str, Tensor]
 
-    def compiled(self) -> Forward:
-        """:attr:`forward` through ``torch.compile``."""
+    def logits(self, weights: Mapping[str, Tensor], x_BCHW: Tensor) -> Tensor:
+        """What the model makes of images, ``[B, classes]``."""
 
     def begin(self, lr: float) -> None:
         """Set the learning rate, and read the weights anew, whoever has changed them."""
@@ -90,7 +87,7 @@ class TorchUpdate:
     """By an optimizer of torch's, with loss scaling where float16 needs it."""
 
     def __init__(self, model: nn.Module, config: TrialConfig, *, precision: Precision) -> None:
-        self.forward: Forward = model
+        self.weights: Mapping[str, Tensor] = {}  # the model has them
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(
@@ -101,9 +98,10 @@ class TorchUpdate:
         self.scaler = precision.scaler()
         self._clip_norm = config.optimizer.clip_norm
 
-    def compiled(self) -> Forward:
-        """See :meth:`Update.compiled`."""
-        return compiled(self._model)
+    def logits(self, weights: Mapping[str, Tensor], x_BCHW: Tensor) -> Tensor:
+        """See :meth:`Update.logits`."""
+        logits_BK: Tensor = self._model(x_BCHW)
+        return logits_BK
 
     def begin(self, lr: float) -> None:
         """See :meth:`Update.begin`."""
@@ -190,11 +188,12 @@ class RowUpdate:
         self._optimizer = RowOptimizer(
             1, dtype=precision.dtype, device=device, fused=_fused(precision)
         )
-        self.forward: Forward = self._run_by(self._logits)
+        self.weights: Mapping[str, Tensor] = self._leaves.named
 
-    def compiled(self) -> Forward:
-        """See :meth:`Update.compiled`."""
-        return self._run_by(compiled(self._logits))
+    def logits(self, weights: Mapping[str, Tensor], x_BCHW: Tensor) -> Tensor:
+        """See :meth:`Update.logits`."""
+        logits_BK: Tensor = functional_call(self._model, dict(weights), (x_BCHW,))
+        return logits_BK
 
     def begin(self, lr: float) -> None:
         """See :meth:`Update.begin`."""
@@ -223,11 +222,3 @@ class RowUpdate:
         """See :meth:`Update.restore`."""
         load_optimizer_state(self._numbers.slot(0), self._layout, state["optimizer"])
         self._leaves.refresh()
-
-    def _logits(self, named: dict[str, Tensor], x_BCHW: Tensor) -> Tensor:
-        logits_BK: Tensor = functional_call(self._model, named, (x_BCHW,))
-        return logits_BK
-
-    def _run_by(self, logits: Callable[[dict[str, Tensor], Tensor], Tensor]) -> Forward:
-        named = self._leaves.named
-        return lambda x_BCHW: logits(named, x_BCHW)

@@ -55,7 +55,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[Losses]:
     """What is to be compiled is taken as it is; the list has all that was."""
     given: list[Losses] = []
 
-    def compiled(losses: Losses) -> Losses:
+    def compiled(losses: Losses, _: torch.device) -> Losses:
         given.append(losses)
         return lambda *arguments: losses(*arguments)
 
@@ -214,13 +214,13 @@ def test_memory_that_suffices_only_without_is_no_reason_to_train_fewer(
         raise torch.OutOfMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ready_module, "compiled", lambda _: too_much)
+        patch.setattr(ready_module, "compiled", lambda *_: too_much)
         cohort, history = joined(bench, how, "adamw", "sgd")
         train(cohort, history, epochs=3)
     assert not cohort._open().is_compiled
     assert "not enough memory" in cohort._open().compiled
     assert_all_as_alone(bench, history)
-    monkeypatch.setattr(ready_module, "compiled", lambda losses: lambda *given: losses(*given))
+    monkeypatch.setattr(ready_module, "compiled", lambda losses, _: lambda *given: losses(*given))
     again, more = joined(bench, how, "adamw", "sgd")
     train(again, more)
     assert again._open().is_compiled  # it is not held against the next

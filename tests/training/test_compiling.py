@@ -24,7 +24,7 @@ from sweeper.config import DataShape, TrialConfig
 from sweeper.data import Dataset
 from sweeper.errors import MissingExtraError, UsageError
 from sweeper.training import Compiling, prepare
-from sweeper.training import update as update_module
+from sweeper.training import ready as ready_module
 from sweeper.training.compiling import (
     CompileError,
     Gain,
@@ -201,7 +201,7 @@ def test_a_compiler_that_fails_leaves_no_trace_in_auto_and_fails_the_trial_in_on
     def broken(*_: Any) -> Any:
         raise RuntimeError("\n  inductor does not like this\nand says much more")
 
-    monkeypatch.setattr(update_module, "compiled", lambda model: broken)
+    monkeypatch.setattr(ready_module, "compiled", lambda *_: broken)
     monkeypatch.setattr("sweeper.training.compiling.TRY_S", {"cpu": 0.0})
     optimizer = {"name": "momentum", "lr": 0.1}
     auto, off = (

@@ -265,11 +265,22 @@ def test_the_host_never_waits_within_an_epoch(model: str, graph: str, train: Tra
         driven(engine._all_batches(), lambda: None)
 
 
-def test_compiled_and_captured_steps_equal_eager_ones(train: Trainer) -> None:
-    model = {**MLP, "dropout": 0.0}
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_and_captured_steps_equal_eager_ones(model: str, train: Trainer) -> None:
     section = {"name": "adamw", "lr": LR}
-    compiled = train(model, section, graph="on", compile="on")
-    compiled.assert_equals(train(model, section, graph="off"), rtol=1e-4)
+    compiled = train(MODELS[model], section, augment=AUGMENT, graph="on", compile="on", epochs=2)
+    assert compiled.training.notes["graph"] == "captured"
+    assert compiled.training.notes["compile"].startswith("compiled in")
+    eager = train(MODELS[model], section, augment=AUGMENT, graph="off", epochs=2)
+    compiled.assert_equals(eager, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["mixer", "cnn"])
+def test_a_compiled_training_repeats_bit_for_bit(model: str, train: Trainer) -> None:
+    section, options = {"name": "adam", "lr": LR}, {"precision": "auto", "compile": "on"}
+    one, other = (train(MODELS[model], section, graph="on", **options) for _ in range(2))
+    expected = other.weights()
+    assert all(torch.equal(value, expected[name]) for name, value in one.weights().items())
 
 
 def test_a_restored_training_goes_on_in_a_graph_of_its_own(train: Trainer) -> None:

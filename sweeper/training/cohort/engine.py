@@ -36,6 +36,7 @@ from sweeper.training.precision import precision_of
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import Layout, Numbers, inputs_first
 from sweeper.training.rows.optimizer import RowOptimizer, fused_update
+from sweeper.training.step import hits_of
 from sweeper.training.turns import Steps, driven, settled
 
 _ATTENTION: Final = {
@@ -288,13 +289,12 @@ class CohortEngine:
         full = index_KB.shape[1] == self._config.train.batch_size
         losses = self._ready.losses if full else self._losses  # a rest would be compiled anew
         with self._forward():
-            losses_K, logits_KBC = losses(
+            losses_K, hits_K = losses(
                 leaves.named, {**numbers.buffers, **masks}, x_KBCHW, labels_KB
             )
         gradient = leaves.gradient(losses_K.sum())
         self._optimizer.update(numbers, gradient, leaves)
-        with torch.no_grad():
-            self._totals.add(losses_K, logits_KBC, labels_KB)
+        self._totals.add(losses_K, hits_K, labels_KB.shape[1])
 
     def _losses(
         self,
@@ -303,9 +303,9 @@ class CohortEngine:
         x_KBCHW: Tensor,
         labels_KB: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Loss [K] and logits [K, B, C]: what ``train.compile`` compiles, both passes."""
+        """Loss [K] and hits [K]: what ``train.compile`` compiles, both passes."""
         logits_KBC = vmap(self._logits)(weights, buffers, x_KBCHW)
-        return self._loss(logits_KBC, labels_KB), logits_KBC
+        return self._loss(logits_KBC, labels_KB), hits_of(logits_KBC, labels_KB)
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
@@ -336,7 +336,8 @@ class CohortEngine:
             x_BCHW, labels_B = inputs.span(start, min(start + batch, len(inputs)))
             with self._forward():
                 logits_KBC = forward(leaves.named, numbers.buffers, x_BCHW)
-            totals.add(loss(logits_KBC, labels_B[None]), logits_KBC, labels_B[None])
+            hits_K = hits_of(logits_KBC, labels_B[None])
+            totals.add(loss(logits_KBC, labels_B[None]), hits_K, len(labels_B))
         yield from settled(self._device)
         passes = totals.passes(len(inputs))
         seconds = time.perf_counter() - started
@@ -390,9 +391,10 @@ class _Totals:
         self._loss_K.zero_()
         self._correct_K.zero_()
 
-    def add(self, mean_loss_K: Tensor, logits_KBC: Tensor, labels_KB: Tensor) -> None:
-        self._loss_K.add_(mean_loss_K, alpha=labels_KB.shape[1])
-        self._correct_K.add_((logits_KBC.argmax(-1) == labels_KB).sum(-1))
+    @torch.no_grad()
+    def add(self, mean_loss_K: Tensor, hits_K: Tensor, count: int) -> None:
+        self._loss_K.add_(mean_loss_K, alpha=count)
+        self._correct_K.add_(hits_K)
 
     def passes(self, count: int, seconds: float = 0.0) -> list[Pass]:
         """Mean loss and accuracy over ``count`` images. Waits for the device."""

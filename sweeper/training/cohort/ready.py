@@ -228,7 +228,7 @@ class ReadyCohort:
         self.drop_graph()
         made = self._made.get(self._built.code)
         if made is None:
-            made = self.losses = compiled(self._eager)
+            made = self.losses = compiled(self._eager, self._device)
             try:
                 with ready(self._how.code if self._how is not None else None):
                     self._step()
