@@ -228,9 +228,9 @@ class ReadyCohort:
         self.drop_graph()
         made = self._made.get(self._built.code)
         if made is None:
-            made = self.losses = compiled(self._eager, self._device)
             try:
                 with ready(self._how.code if self._how is not None else None):
+                    made = self.losses = compiled(self._eager, self._device)
                     self._step()
             except BaseException:
                 self.losses = self._eager
