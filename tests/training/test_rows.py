@@ -23,7 +23,7 @@ from sweeper.training.cohort import engine as cohort_engine
 from sweeper.training.engine import Engine
 from sweeper.training.loop import NetworkTraining
 from sweeper.training.precision import precision_of
-from sweeper.training.rows import RULES, fits, optimizer
+from sweeper.training.rows import RULES, fits, numbers, optimizer
 from sweeper.training.rows.leaves import Gradient, Leaves, lowered_parameters
 from sweeper.training.rows.numbers import Layout, Numbers, inputs_first, kernels_like_images
 from sweeper.training.rows.optimizer import RowOptimizer
@@ -68,6 +68,18 @@ def test_the_update_in_one_kernel_is_that_of_torch(
     rules_are_those_of_torch(triton_on_the_cpu.update, LOWERED[lowered])
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")
+@pytest.mark.parametrize("large", [16, 17])
+@pytest.mark.parametrize("lowered", ["weights", "everything"])
+def test_a_large_gradient_is_not_joined_with_the_others(
+    lowered: str, large: int, triton_on_the_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is lowered, or the first of two weights only."""
+    monkeypatch.setattr(numbers, "LARGE", len(SECTIONS) * large)
+    for fused in (triton_on_the_cpu.update, None):
+        rules_are_those_of_torch(fused, LOWERED[lowered], apart=2 if large == 16 else 1)
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")  # set where it is called
 @pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")])
 def test_the_kernel_compiles_for_a_gpu(
@@ -85,7 +97,7 @@ def test_the_kernel_compiles_for_a_gpu(
         **dict.fromkeys(["lowered", "lowered_gradient"], f"*{lowered}"),
         **dict.fromkeys(["steps", "lr", "beta1", "beta2"], "*fp64"),
         **dict.fromkeys(["is_adam", "is_nesterov"], "*i1"),
-        **dict.fromkeys(["size", "lowered_size"], "i32"),
+        **dict.fromkeys(["start", "stop", "gradient_width", "size", "lowered_size"], "i32"),
         "block": "constexpr",
     }
     source = ASTSource(
@@ -103,22 +115,25 @@ def test_every_rule_is_that_of_torch(lowered: str) -> None:
     rules_are_those_of_torch(None, LOWERED[lowered])
 
 
-def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
+def rules_are_those_of_torch(fused: Any, lowered: frozenset[str], *, apart: int = 0) -> None:
     """Ten steps of all rules at once, with gradients of every size, against torch.optim.
 
     What is lowered has gradients in float32 here, and the weights are float64.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    if apart:  # which leave no gap
+        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)).double()
     layout = Layout.of(model, lowered=lowered)
+    assert len(layout.apart(len(SECTIONS))) == apart
     configs = [OptimizerConfig.model_validate(section) for section in SECTIONS.values()]
     twins = [[p.detach().clone().requires_grad_() for p in model.parameters()] for _ in configs]
     optimizers = [make_optimizer(c, twin) for c, twin in zip(configs, twins, strict=True)]
     for each in optimizers:  # the versions whose operations are the reference
         for group in each.param_groups:
             group["fused"], group["foreach"] = None, False
-    numbers = Numbers.stacked([Numbers.initial(model, layout) for _ in configs])
-    leaves = Leaves(numbers.weights, layout, torch.float32)
+    row = Numbers.stacked([Numbers.initial(model, layout) for _ in configs])
+    leaves = Leaves(row.weights, layout, torch.float32)
     ours = RowOptimizer(len(configs), dtype=torch.float64, device=CPU, fused=fused)
     for step in range(10):
         lrs = [config.lr * 0.9**step for config in configs]
@@ -126,10 +141,15 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
         scale = 10.0 ** (step - 5)
         named = {name: torch.randn_like(leaf.detach()) for name, leaf in leaves.named.items()}
         zeros = torch.zeros(16 * len(configs), dtype=torch.float64)
+        large = [layout.flat(name, named.pop(name)) for name in layout.apart(len(configs))]
         lowered_part, kept_part = layout.joined(named, zeros.float(), zeros)
-        gradient = Gradient(lowered=lowered_part * scale, kept=kept_part * scale)
-        ours.update(numbers, gradient, leaves)
-        assert torch.equal(leaves.lowered, numbers.weights[:, : layout.lowered_size].float())
+        gradient = Gradient(
+            lowered=lowered_part * scale,
+            kept=kept_part * scale,
+            apart=tuple(part * scale for part in large),
+        )
+        ours.update(row, gradient, leaves)
+        assert torch.equal(leaves.lowered, row.weights[:, : layout.lowered_size].float())
         for k, (each, config) in enumerate(zip(optimizers, configs, strict=True)):
             named = layout.named(gradient.whole()[k])
             for parameter, of_parameter in zip(twins[k], named.values(), strict=True):
@@ -140,7 +160,7 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str]) -> None:
                 group["lr"] = lrs[k]
             each.step()
     for k, name in enumerate(SECTIONS):
-        found = torch.cat([each.flatten() for each in layout.named(numbers.weights[k]).values()])
+        found = torch.cat([each.flatten() for each in layout.named(row.weights[k]).values()])
         expected = torch.cat([parameter.detach().flatten() for parameter in twins[k]])
         torch.testing.assert_close(
             found, expected, rtol=1e-13, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
@@ -249,6 +269,38 @@ def engine_of(training: Training) -> Engine:
     assert isinstance(training, NetworkTraining)
     assert training._engine is not None
     return training._engine
+
+
+@pytest.mark.usefixtures("in_rows")
+@pytest.mark.parametrize("model", ["mlp", "mixer"])
+def test_a_step_with_large_gradients_is_the_same_step(
+    model: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and in a cohort, which joins gradients of its own."""
+    config = bench.config(
+        1, varied(1, "adamw", clip_norm=None), MODELS[model], precision="bfloat16"
+    )
+
+    def states() -> list[Any]:
+        alone, cohort = bench.alone(config), bench.cohort(config)
+        member = cohort.join(config)
+        trained(alone)
+        cohort.epoch()
+        return [alone.state_dict()["engine"], member.state_dict()["engine"]]
+
+    usual = states()
+    monkeypatch.setattr(numbers, "LARGE", 1)
+    joined: list[int] = []
+    original = Layout.joined
+
+    def counted(layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor) -> Any:
+        joined.append(len(layout.places) - len(named))
+        return original(layout, named, *zeros)
+
+    monkeypatch.setattr(Layout, "joined", counted)
+    large = states()
+    assert max(joined) > 0
+    torch.testing.assert_close(large, usual, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("first_in_rows", [True, False])

@@ -47,25 +47,30 @@ def _update(  # type: ignore[no-untyped-def] # Triton's own language
     is_adam,
     is_nesterov,
     clip_share,
+    start,
+    stop,
+    gradient_width,
     size,
     lowered_size,
     block: tl.constexpr,
 ):
     """Blocks of the weights of one model a program: axis 0 is the block, axis 1 the model.
 
-    The first ``lowered_size`` numbers of each have a gradient of their own, and a copy in its
-    dtype.
+    Those from ``start`` to before ``stop``. The first ``lowered_size`` numbers of each model have a
+    copy in another dtype, and a gradient in it: ``lowered_gradient`` has ``gradient_width`` numbers
+    a model, from ``start`` on.
     """
     k = tl.program_id(1)
     row = k.to(tl.int64)
-    column = tl.program_id(0) * block + tl.arange(0, block)
-    inside = column < size
-    is_lowered = column < lowered_size
+    column = start + tl.program_id(0) * block + tl.arange(0, block)
+    inside = column < stop
+    is_lowered = inside & (column < lowered_size)
     at = row * size + column
     at_lowered = row * lowered_size + column
+    at_gradient = row * gradient_width + column - start
     at_kept = row * (size - lowered_size) + column - lowered_size
     w = tl.load(weights + at, mask=inside)
-    g = tl.load(lowered_gradient + at_lowered, mask=is_lowered, other=0.0).to(w.dtype)
+    g = tl.load(lowered_gradient + at_gradient, mask=is_lowered, other=0.0).to(w.dtype)
     g = g + tl.load(kept_gradient + at_kept, mask=inside & (column >= lowered_size), other=0.0)
     g = g * tl.load(clip_share + k)
     decay = tl.load(coupled + k)
@@ -113,20 +118,31 @@ def update(
     weights_KP = numbers.weights
     slots, size = weights_KP.shape
     settings: dict[str, Any] = {name: column.contiguous() for name, column in columns.items()}
-    _update[(triton.cdiv(size, _BLOCK), slots)](
-        weights=weights_KP,
-        lowered=_somewhere(leaves.lowered, weights_KP),
-        lowered_gradient=_somewhere(gradient.lowered.contiguous(), weights_KP),
-        kept_gradient=_somewhere(gradient.kept.contiguous(), weights_KP),
-        first=numbers.first,
-        second=numbers.second,
-        steps=numbers.steps,
-        size=size,
-        lowered_size=leaves.layout.lowered_size,
-        block=_BLOCK,
-        enable_fp_fusion=True,  # Triton 3.10 will not do it unasked
-        **settings,
-    )
+    kept = _somewhere(gradient.kept.contiguous(), weights_KP)
+    start = 0
+    for part in (*gradient.apart, gradient.lowered):
+        width = part.shape[1]
+        stop = size if part is gradient.lowered else start + width
+        if start == stop:  # all of it was apart
+            break
+        _update[(triton.cdiv(stop - start, _BLOCK), slots)](
+            weights=weights_KP,
+            lowered=_somewhere(leaves.lowered, weights_KP),
+            lowered_gradient=_somewhere(part.contiguous(), weights_KP),
+            kept_gradient=kept,
+            first=numbers.first,
+            second=numbers.second,
+            steps=numbers.steps,
+            start=start,
+            stop=stop,
+            gradient_width=width,
+            size=size,
+            lowered_size=leaves.layout.lowered_size,
+            block=_BLOCK,
+            enable_fp_fusion=True,  # Triton 3.10 will not do it unasked
+            **settings,
+        )
+        start = stop
 
 
 def _somewhere(part: Tensor, other: Tensor) -> Tensor:

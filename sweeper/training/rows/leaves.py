@@ -42,14 +42,23 @@ def lowered_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """Of what is ``lowered`` [K, Q], in its dtype, and of what is ``kept`` [K, R]."""
+    """Of what is ``lowered`` [K, Q], in its dtype, and of what is ``kept`` [K, R].
+
+    ``apart``: of the parameters at the head of a row, [K, n] each, as far as ``lowered`` does not
+    begin with them.
+    """
 
     lowered: Tensor
     kept: Tensor
+    apart: tuple[Tensor, ...] = ()
+
+    def parts(self) -> list[Tensor]:
+        """All of it, in the order of a row; none is without numbers."""
+        return [part for part in (*self.apart, self.lowered, self.kept) if part.numel()]
 
     def whole(self) -> Tensor:
         """[K, P], in the dtype of what is kept."""
-        return torch.cat([self.lowered.to(self.kept.dtype), self.kept], dim=1)
+        return torch.cat([part.to(self.kept.dtype) for part in self.parts()], dim=1)
 
 
 class Leaves:
@@ -66,6 +75,7 @@ class Leaves:
         self._alone = alone
         self._weights_KP, self.layout = weights_KP, layout
         rows = len(weights_KP)
+        self._apart = layout.apart(rows)
         self.lowered = weights_KP.new_zeros(rows, layout.lowered_size, dtype=dtype)
         self._zeros = weights_KP.new_zeros(rows * ALIGNED)
         self._lowered_zeros = self._zeros.to(dtype)
@@ -88,5 +98,6 @@ class Leaves:
             name: value[None] if self._alone else value
             for name, value in zip(self.named, found, strict=True)
         }
+        apart = tuple(self.layout.flat(name, named.pop(name)) for name in self._apart)
         lowered, kept = self.layout.joined(named, self._lowered_zeros, self._zeros)
-        return Gradient(lowered=lowered, kept=kept)
+        return Gradient(lowered=lowered, kept=kept, apart=apart)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, Final, Self
 
 import torch
@@ -19,6 +20,9 @@ _CPU: Final = torch.device("cpu")
 ALIGNED: Final = 16
 """Every parameter begins at a multiple of so many numbers, 32 bytes at least: some kernels are
 faster there, and some of cuBLAS's take it for granted."""
+LARGE: Final = 2**22
+"""From so many numbers on, those of all rows, joining a gradient with the others takes a GPU longer
+than a kernel more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +66,13 @@ class Layout:
     def places(self) -> dict[str, slice]:
         """Where each parameter lies, in the order in which they follow each other.
 
-        Those that leave a gap after them are the last ones of what is lowered, and of the rest.
+        The largest first; those that leave a gap after them are the last ones of what is lowered,
+        and of the rest.
         """
 
-        def later(name: str) -> tuple[bool, bool]:
-            return name not in self.lowered, self.shapes[name].numel() % ALIGNED != 0
+        def later(name: str) -> tuple[bool, bool, int]:
+            size = self.shapes[name].numel()
+            return name not in self.lowered, size % ALIGNED != 0, -size
 
         found: dict[str, slice] = {}
         end = 0
@@ -85,6 +91,18 @@ class Layout:
     def size(self) -> int:
         """P."""
         return _aligned(max(place.stop for place in self.places.values()))
+
+    def apart(self, rows: int) -> tuple[str, ...]:
+        """Parameters at the head of so many rows that are large enough for an update of their own.
+
+        All are lowered and leave no gap.
+        """
+
+        def large(name: str) -> bool:
+            size = self.shapes[name].numel()
+            return name in self.lowered and size % ALIGNED == 0 and size * rows >= LARGE
+
+        return tuple(takewhile(large, self.places))
 
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
         """The parameters of a ``state_dict`` as a row [P]."""
@@ -117,12 +135,13 @@ class Layout:
     ) -> tuple[Tensor, Tensor]:
         """Parameters [..., shape] as [..., Q] and [..., R]: what is lowered, and the rest.
 
-        What comes between them is taken from ``zeros`` [16 a row], of the dtype of each part.
+        Without those that are not ``named``. What comes between them is taken from ``zeros`` [16 a
+        row], of the dtype of each part.
         """
-        parts = {name: self.flat(name, named[name]) for name in self.places}
+        parts = {name: self.flat(name, named[name]) for name in self.places if name in named}
         lowered = {name: part for name, part in parts.items() if name in self.lowered}
         kept = {name: part for name, part in parts.items() if name not in self.lowered}
-        rows = next(iter(parts.values())).shape[:-1]
+        rows = next(iter(parts.values())).shape[:-1] if parts else torch.Size([])
         return self._laid(lowered, lowered_zeros, rows), self._laid(kept, kept_zeros, rows)
 
     def _laid(self, parts: Mapping[str, Tensor], zeros: Tensor, rows: torch.Size) -> Tensor:

@@ -186,10 +186,9 @@ class RowOptimizer:
 
     def _share(self, gradient: Gradient) -> Tensor:
         """What ``clip_grad_norm_`` multiplies each row's gradient by."""
-        parts = [part for part in (gradient.lowered, gradient.kept) if part.numel()]
         norms = [
             torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=self._eps.dtype)
-            for part in parts
+            for part in gradient.parts()
         ]
         norm_K1 = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, keepdim=True)
         share_K1 = torch.clamp(self._clip_norm / (norm_K1 + 1e-6), max=1.0)
