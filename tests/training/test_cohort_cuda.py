@@ -3,11 +3,16 @@ alone, in float64. Learning rates are powers of two, as in the tests of a trial'
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from gpu_bench import MODELS, Bench, MakeConfig, MakeDataset
 
+from sweeper.training import best_device, prepare
 from sweeper.training.capture import _waiting_forbidden
+from sweeper.training.rows import numbers
 from sweeper.training.turns import driven
 
 pytestmark = [
@@ -52,6 +57,26 @@ def test_members_of_a_compiled_cohort_get_what_they_get_alone(model: str, bench:
     assert cohort._open().is_compiled
     for member in members:
         bench.assert_as_alone(member)
+
+
+def test_an_update_of_large_gradients_by_themselves_is_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: alone and together."""
+
+    def states() -> list[dict[str, Any]]:
+        options = {"dropout": 0.0, "precision": "bfloat16", "graph": "on"}
+        configs = [bench.config(index, MODELS["mlp"], **options) for index in (1, 3)]  # no clipping
+        cohort, data = bench.cohort(configs[0]), bench.dataset(configs[0])
+        alone = prepare(configs[0], folder=Path(), device=best_device(), dataset=data)
+        members = [cohort.join(config) for config in configs]
+        cohort.epoch()
+        next(alone.epochs())
+        return [each.state_dict()["engine"] for each in (alone, *members)]
+
+    usual = states()
+    monkeypatch.setattr(numbers, "LARGE", 1)
+    torch.testing.assert_close(states(), usual, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
