@@ -71,7 +71,8 @@ def test_an_update_of_large_gradients_by_themselves_is_the_same(
         alone = prepare(configs[0], folder=Path(), device=best_device(), dataset=data)
         members = [cohort.join(config) for config in configs]
         cohort.epoch()
-        next(alone.epochs())
+        epochs = alone.epochs()
+        next(epochs)
         return [each.state_dict()["engine"] for each in (alone, *members)]
 
     usual = states()
