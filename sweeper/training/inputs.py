@@ -81,7 +81,7 @@ class Inputs:
             # one trial's at a time: whitening is a product whose last bits depend on its height
             parts = torch.split(x, index_KB.shape[1] if self._whitens else len(x))
             x = torch.cat([self._standardize(part).to(self._dtype) for part in parts])
-        labels = self._labels_N.index_select(0, index)
+        labels = self._labels_N[index]  # index_select takes a GPU three times as long for so many
         return x.view(*index_KB.shape, *x.shape[1:]), labels.view(index_KB.shape)
 
     def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

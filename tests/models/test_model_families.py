@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sweeper.config import DataShape, ModelConfig
 from sweeper.models import build, parameter_count, sinusoidal_encoding
 from sweeper.models.layers import PatchEmbedding, TokenBatchNorm, TwoLayerMlp
+from sweeper.models.mixer import TokenMlp
 from sweeper.models.vit import Attention
 
 CONFIG: TypeAdapter[Any] = TypeAdapter(ModelConfig)
@@ -114,6 +115,32 @@ def test_the_token_mlp_mixes_patches_and_the_channel_mlp_features() -> None:
     nn.init.zeros_(block.token_mlp.down.weight)
     moved = (block(changed) - block(x_BNC)).abs().sum(dim=2)[0]
     assert moved.nonzero().flatten().tolist() == [5], "only the token MLP may mix patches"
+
+
+@pytest.mark.parametrize("hidden", [3, 20])
+def test_patches_are_mixed_the_same_by_a_product_an_image(hidden: int) -> None:
+    torch.manual_seed(0)
+    rows = TokenMlp(9, hidden, features=16, activation="gelu", dropout=0.0).double()
+    x_BNC = torch.randn(5, 9, 16, dtype=torch.float64, requires_grad=True)
+    found, wanted = rows.by_image(x_BNC), rows(x_BNC)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.is_contiguous()
+    towards, leaves = torch.randn_like(wanted), [x_BNC, *rows.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves, towards), torch.autograd.grad(wanted, leaves, towards)
+    )
+
+
+@pytest.mark.parametrize(
+    ("patches", "features", "dropout", "expected"),
+    [(64, 256, 0.0, True), (16, 16, 0.0, True), (49, 16, 0.0, False), (4, 256, 0.1, False)],
+)
+def test_few_patches_of_which_nothing_is_dropped_are_mixed_by_image(
+    patches: int, features: int, dropout: float, expected: bool
+) -> None:
+    """On a GPU. Masks are drawn for rows: what is dropped is the same in every way to train."""
+    mlp = TokenMlp(patches, 8, features=features, activation="gelu", dropout=dropout)
+    assert mlp.each_image is expected
 
 
 @pytest.mark.parametrize(("where", "dropouts"), [("both", 2), ("hidden", 1)])

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
 from sweeper.models import build
+from sweeper.models.mixer import TokenMlp
 from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
 from sweeper.training.cohort.ready import Built, ReadyCohort
@@ -82,7 +83,7 @@ class CohortEngine:
         )
         self.names = tuple(model.state_dict())
         self._noise = Noise(model, precision=self.precision, device=device)
-        self._template = _with_wide_norms(with_masks(model))
+        self._template = _for_vmap(with_masks(model))
         self.inputs = self.part(dataset.train, augmented=True)
         count, size = len(self.inputs), config.train.batch_size
         self._full, self._tail = batches_of(count, size)
@@ -273,7 +274,7 @@ class CohortEngine:
 
     def _following(self) -> None:
         """Train on the next full batch, counted on the device."""
-        index_KB = self._order_KN.index_select(1, self._next_B)
+        index_KB = self._order_KN[:, self._next_B]
         self._next_B.add_(len(self._next_B))
         self._step(index_KB)
 
@@ -363,11 +364,12 @@ class CohortEngine:
         self._rewind()
 
 
-def _with_wide_norms(model: nn.Module) -> nn.Module:
-    """``model``, whose norms are given float32 at least.
+def _for_vmap(model: nn.Module) -> nn.Module:
+    """``model`` as vmap takes it well.
 
-    Alone, autocast sees to that for layer normalization, but not under vmap. Batch normalization
-    takes anything alone; under vmap, on a CPU, only the dtype of its running statistics.
+    Norms are given float32 at least. Alone, autocast sees to that for layer normalization, but not
+    under vmap. Batch normalization takes anything alone; under vmap, on a CPU, only the dtype of
+    its running statistics. Weights that are the same for every image would be copied for each.
     """
 
     def widened(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -377,6 +379,8 @@ def _with_wide_norms(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
             layer.register_forward_pre_hook(widened)
+        if isinstance(layer, TokenMlp):
+            layer.each_image = False
     return model
 
 
