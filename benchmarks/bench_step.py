@@ -17,10 +17,10 @@ each read and written once a step.
 machine that others use as well. A compiled step says above its row how long that took, with
 an empty folder of compiled code (``TORCHINDUCTOR_CACHE_DIR``) or with what was there.
 
-What is wanted most comes first: the step of every model eager and captured, then 16 trials at once.
-Every row is printed and written to the JSON file as soon as it is measured, so a run that is broken
-off keeps what it has. With ``--minutes`` nothing begins that is not expected to end in time. A rung
-that fails is told and left out.
+What is wanted most comes first: the step of every model eager, captured and compiled, then 16
+trials at once; ``--only`` takes some of it. Every row is printed and written to the JSON file as
+soon as it is measured, so a run that is broken off keeps what it has. With ``--minutes`` nothing
+begins that is not expected to end in time. A rung that fails is told and left out.
 
     python benchmarks/bench_step.py                 # all, on the GPU where there is one
     python benchmarks/bench_step.py --minutes 7 --json results.json
@@ -127,6 +127,7 @@ AIMS: dict[str, dict[str, float]] = {
 """What an H200 should reach: seconds an epoch at most, and at least how many times as fast the
 captured step is as the eager one, and :data:`AT_ONCE` trials at once as one captured trial."""
 QUICK = ("mlp", "mixer_r0")
+PARTS = ("step", "compiled", "together", "processes", "loader")
 
 EAGER, GRAPH, COMPILED, LOADER = "on the device", "+ CUDA graph", "+ compile", "DataLoader, eager"
 _DATALOADER_BATCHES = 50
@@ -278,8 +279,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Some rungs of one model. Jobs of one ``kind`` take about as long as each other."""
+    """Some rungs of one model, one of :data:`PARTS`. Jobs of one ``kind`` take about as long as each
+    other."""
 
+    of: str
     kind: str
     model: str
     run: Callable[[Bench, str], None]
@@ -313,33 +316,43 @@ def main() -> None:
 
 
 def _jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """What is wanted most comes first."""
+    """What is wanted most comes first; those that were asked for."""
+    yield from (job for job in _all_jobs(options) if options.only is None or job.of in options.only)
+
+
+def _all_jobs(options: argparse.Namespace) -> Iterator[Job]:
     models = options.models
     small = [model for model in TOGETHER if model in models]
     small_first = [*small, *(model for model in models if model not in small)]
     trials = sorted(options.trials, key=lambda many: (many != AT_ONCE, many))
     together = [
-        Job(kind=f"{many} at once", model=model, run=_at_once(many))
+        Job(of="together", kind=f"{many} at once", model=model, run=_at_once(many))
         for many in trials
         for model in small_first
     ]
     in_processes = [
-        Job(kind=f"{many} processes", model=model, run=_in_processes(many))
+        Job(of="processes", kind=f"{many} processes", model=model, run=_in_processes(many))
         for many in trials
         if many <= options.most_processes
         for model in small_first
     ]
-    yield from (Job(kind="a step", model=model, run=_step) for model in models)
-    yield from together[: len(small)]
-    yield from in_processes[:3]
-    yield from (Job(kind="DataLoader", model=model, run=_dataloader) for model in models)
-    if options.compile or not options.quick:
-        yield from (Job(kind="compiled", model=model, run=_compiled) for model in models)
+    compiles = options.compile or not options.quick
+    yield from (Job(of="step", kind="a step", model=model, run=_step) for model in models)
+    if compiles:
         yield from (
-            Job(kind="compiled together", model=model, run=_compiled_together)
-            for model in small_first
-            if model != "resnet18" and AT_ONCE in trials
+            Job(of="compiled", kind="compiled", model=model, run=_compiled) for model in models
         )
+    yield from together[: len(small)]
+    if compiles and AT_ONCE in trials:
+        yield from (
+            Job(of="compiled", kind="compiled together", model=model, run=_compiled_together)
+            for model in small_first
+            if model != "resnet18"
+        )
+    yield from in_processes[:3]
+    yield from (
+        Job(of="loader", kind="DataLoader", model=model, run=_dataloader) for model in models
+    )
     yield from in_processes[3:]
     yield from together[len(small) :]
 
@@ -445,6 +458,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--loaders", type=int, default=2, help="processes of the DataLoader")
     parser.add_argument("--most-processes", type=int, default=None)
     parser.add_argument("--minutes", type=float, default=None, help="begin nothing that ends later")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=None, help="parts of it")
     parser.add_argument("--device", default=None, help="cuda or cpu")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="few models, trials and batches")
