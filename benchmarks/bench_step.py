@@ -279,7 +279,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Some rungs of one model, one of :data:`PARTS`. Those of one ``kind`` take about as long as each
+    """Some rungs of one model, one of :data:`PARTS`. Those of a ``kind`` take about as long as each
     other."""
 
     of: str
