@@ -200,7 +200,7 @@ def client(address: str, name: str, told: dict[str, list[Any]]) -> None:
         for epoch in range(1, EPOCHS + 1):
             time.sleep(TRIAL_S / EPOCHS)
             held.report(store, claimed, epoch, epoch / EPOCHS)
-            held.beat(store, claimed)
+            held.beat(store, [claimed])
         held.finish(store, study.study, claimed, outcome=Outcome.COMPLETED, values=[1.0], facts={})
         told["numbers"].append(claimed.number)
     workers.leave(store, name)

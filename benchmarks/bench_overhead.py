@@ -108,7 +108,7 @@ def through_worker(
     spent: dict[str, float] = defaultdict(float)
     calls: list[tuple[Any, str]] = [
         (queue, "claim"),
-        *((held, name) for name in ("values_of", "report", "should_prune", "note", "finish")),
+        *((held, name) for name in ("values_of", "report_all", "should_prune", "note", "finish")),
         *((SpoolTracker, name) for name in ("start", "log", "note", "artifact", "end")),
     ]
     worker = Worker(store=store, tracker=tracker, settings=settings, study=spec.name)

@@ -120,7 +120,7 @@ def test_training_waits_for_no_report_where_nothing_is_decided(tmp_path: Path) -
     study = studies.load(store, "away")
     claimed = queue.claim(store, study.id, "me")
     assert claimed is not None
-    said = reports.Reports(store, study, claimed)
+    said = reports.Reports(reports.Reporter(store), study, claimed)
     with contextlib.closing(sqlite3.connect(tmp_path / "optuna.db")) as other:
         other.execute("BEGIN IMMEDIATE")  # nobody else can write now
         for epoch in range(1, 4):

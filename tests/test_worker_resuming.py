@@ -30,18 +30,18 @@ def test_a_full_disk_of_the_store_is_no_lost_trial(
     whole = Bench(tmp_path / "whole", **ONE)
     whole.worker.run()
     found = Bench(tmp_path / "full", **ONE, faults={"checkpoint_s": 1000})
-    report = held.report
+    report_all = held.report_all
 
-    def full(store: Any, claimed: Any, epoch: int, value: float) -> None:
-        if epoch == 2:
+    def full(store: Any, reports: dict[int, dict[int, float]]) -> set[int]:
+        if any(2 in series for series in reports.values()):
             raise StoreRefusedError("the database or disk is full")
-        report(store, claimed, epoch, value)
+        return report_all(store, reports)
 
-    monkeypatch.setattr(held, "report", full)
+    monkeypatch.setattr(held, "report_all", full)
     with caplog.at_level(logging.INFO), pytest.raises(StoreRefusedError, match="is full"):
         found.worker.run()
     assert "given to another worker" not in caplog.text
-    monkeypatch.setattr(held, "report", report)
+    monkeypatch.setattr(held, "report_all", report_all)
     (row,) = found.now.rows
     assert (row.state, row.attempt) == ("waiting", 2)
     found.worker.run()

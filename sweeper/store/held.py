@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, cast
 
@@ -80,8 +80,28 @@ def report(store: Store, claimed: Claim, epoch: int, value: float) -> None:
 
     Raises TrialLostError where the store has given the trial to another worker.
     """
-    with reaching(store.url), _owned():
-        store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
+    if report_all(store, {claimed.trial_id: {epoch: value}}):
+        raise TrialLostError
+
+
+def report_all(store: Store, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
+    """Store the first objective's values of many trials (id → epoch → value), in one transaction.
+
+    The ids of those that the store has given to another worker: they get nothing. What is there
+    already is written again.
+    """
+    if not store.remote:
+        with store.writing() as connection:
+            return tables.write_reports(connection, reports)
+    lost: set[int] = set()
+    for trial_id, series in reports.items():
+        try:
+            with reaching(store.url), _owned():
+                for epoch, value in series.items():
+                    store.storage.set_trial_intermediate_value(trial_id, epoch, value)
+        except TrialLostError:
+            lost.add(trial_id)
+    return lost
 
 
 def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) -> None:
@@ -289,7 +309,16 @@ def _owned() -> Iterator[None]:
         raise TrialLostError from error
 
 
-def beat(store: Store, claimed: Claim) -> None:
-    """Say that the trial's worker is alive."""
+def beat(store: Store, claims: Iterable[Claim]) -> None:
+    """Say that the worker of these trials is alive, in one transaction.
+
+    Of a trial that was deleted nothing is said, and nothing goes wrong.
+    """
+    ids = [claimed.trial_id for claimed in claims]
+    if not store.remote:
+        with store.writing() as connection:
+            tables.write_beats(connection, ids)
+        return
     with reaching(store.url):
-        store.storage.record_heartbeat(claimed.trial_id)
+        for trial_id in ids:
+            store.storage.record_heartbeat(trial_id)

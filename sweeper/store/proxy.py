@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Self
 
 from sweeper.errors import StoreUnreachableError, UsageError
-from sweeper.store import overview, queue, workers
+from sweeper.store import overview, queue, tables, workers
 from sweeper.store.cache import RecentStorage
 from sweeper.store.database import Store, open_store
 from sweeper.store.refusals import reaching
@@ -35,7 +35,8 @@ def _claim(store: Store, study_id: int, worker: str) -> dict[str, Any] | None:
 
 
 def _beat(store: Store, trial_id: int) -> None:
-    store.backend.record_heartbeat(trial_id)
+    with store.writing() as connection:
+        tables.write_beats(connection, [trial_id])
 
 
 def _tell(store: Store, **said: Any) -> None:

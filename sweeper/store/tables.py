@@ -37,6 +37,7 @@ READS: Final = "sweeper_reads"
 """The execution option of a connection that is not going to write."""
 
 _AT_ONCE: Final = 1000
+_LOCKED_AT_ONCE: Final = 500
 _SPECIAL: Final = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
 
 
@@ -236,6 +237,35 @@ def write_epochs(
     _upsert(connection, EPOCHS, list(_epoch_rows(trial_id, series)), by=("trial_id", "step"))
 
 
+def write_reports(
+    connection: sqlalchemy.Connection, reports: Mapping[int, Mapping[int, float]]
+) -> set[int]:
+    """As :func:`write_epochs` for many trials (id → epoch → value); which have ended or are gone.
+
+    Those get nothing, the others all of it.
+    """
+    unfinished = _hold_all(connection, reports)
+    rows = [
+        row for trial_id in sorted(unfinished) for row in _epoch_rows(trial_id, reports[trial_id])
+    ]
+    _upsert(connection, EPOCHS, rows, by=("trial_id", "step"))
+    return set(reports) - unfinished
+
+
+def write_beats(connection: sqlalchemy.Connection, trial_ids: Iterable[int]) -> None:
+    """Let these trials' workers have been heard of now, by the database's clock.
+
+    A trial's claim wrote the row. Where that is gone, the trial is, and nothing is to be written.
+    """
+    ids = iter(sorted(trial_ids))
+    while some := list(islice(ids, _LOCKED_AT_ONCE)):
+        connection.execute(
+            sqlalchemy.update(BEATS)
+            .where(BEATS.c.trial_id.in_(some))
+            .values(heartbeat=sqlalchemy.func.now())
+        )
+
+
 def _epoch_rows(trial_id: int, series: Mapping[int, float]) -> Iterator[dict[str, Any]]:
     for step, reached in series.items():
         stored, special = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(
@@ -260,6 +290,25 @@ def _hold(connection: sqlalchemy.Connection, trial_id: int) -> None:
         raise KeyError(f"no trial has the id {trial_id}")
     if state.is_finished():
         raise UpdateFinishedTrialError(f"trial {trial_id} has ended and must not be changed")
+
+
+def _hold_all(connection: sqlalchemy.Connection, trial_ids: Iterable[int]) -> set[int]:
+    """Lock these trials' rows as :func:`_hold` does; the ids of those that have not ended.
+
+    In the order of their ids: two that lock some of the same must not wait for each other.
+    """
+    ids = iter(sorted(trial_ids))
+    unfinished: set[int] = set()
+    while some := list(islice(ids, _LOCKED_AT_ONCE)):
+        query = (
+            sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.state)
+            .where(TRIALS.c.trial_id.in_(some))
+            .order_by(TRIALS.c.trial_id)
+            .with_for_update()
+        )
+        found = connection.execute(query)
+        unfinished.update(trial_id for trial_id, state in found if not state.is_finished())
+    return unfinished
 
 
 def _upsert(

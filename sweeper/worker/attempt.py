@@ -47,7 +47,8 @@ class Attempt:
     """One claimed trial on its way through training, store and tracker.
 
     Alone it is :meth:`run`. Where many train at once, whoever steps them calls :meth:`announce`,
-    :meth:`begin`, :meth:`record` and :meth:`measured` after every epoch, and :meth:`end`.
+    :meth:`begin`, :meth:`record`, :meth:`told` and :meth:`measured` after every epoch, each for all
+    of them before the next, and :meth:`end`.
     ``mates`` and ``beside`` are the numbers of trials that trained in one batch with it, and in
     lanes of their own.
     """
@@ -153,7 +154,7 @@ class Attempt:
         self.checkpoints = self._checkpoints(checkpoints.digest(training.config, self.by))
         if found := self._loaded(training, self.checkpoints):
             self._go_on(found)
-        self.reports = Reports(self.worker.store, self.study, self.claimed)
+        self.reports = Reports(self.worker.reporter, self.study, self.claimed)
 
     def end(self, training: Trial, outcome: Outcome) -> None:
         """Tell store and tracker how the trial ended; a completed one reads the test set."""
@@ -230,6 +231,7 @@ class Attempt:
                 self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
                 self.record(measurement)
                 try:
+                    self.told(training)
                     ended = self.measured(training)
                 except StoreRefusedError:
                     self.save(training)  # the store's disk is full; this one may have room
@@ -246,24 +248,33 @@ class Attempt:
         from there tells store and tracker."""
         self.epochs.append(Epoch(measurement=measurement, time_ms=round(time.time() * 1000)))
 
-    def measured(self, training: Trial) -> Outcome | None:
-        """Say what the last epoch gave, tracker first; how the trial ends if it was its last."""
+    def told(self, training: Trial) -> None:
+        """Say what the last epoch gave, tracker first. Waits for nobody."""
         measurement = self.epochs[-1].measurement
         self.tracked.log(self.epochs[-1])
+        if measurement.finite and not self._several:
+            value = measurement.metrics[self.study.spec.objective[0].metric]
+            self._reports.put(measurement.epoch, value, decide=not self._last(training))
+
+    def measured(self, training: Trial) -> Outcome | None:
+        """How the trial ends if what was told of was its last epoch, or the pruner says so."""
+        measurement = self.epochs[-1].measurement
         if not measurement.finite:
             return Outcome.DIVERGED
-        last = measurement.epoch >= training.config.train.epochs
-        if not self._several:
-            value = measurement.metrics[self.study.spec.objective[0].metric]
-            if self._reports.tell(measurement.epoch, value, decide=not last) and not last:
-                return Outcome.PRUNED
-        if last:
+        pruned = not self._several and self._reports.verdict()
+        if self._last(training):
             return Outcome.COMPLETED
+        if pruned:
+            return Outcome.PRUNED
         if self.worker.asked is Control.CANCEL:
             return Outcome.CANCELLED
         if self._kept.due(measurement.epoch):
             self.save(training)
         return None
+
+    def _last(self, training: Trial) -> bool:
+        """Whether the last epoch that was trained is the last of all."""
+        return self.epochs[-1].measurement.epoch >= training.config.train.epochs
 
     def save(self, training: Trial) -> None:
         """Write a checkpoint after the last finished epoch, unless that one diverged."""

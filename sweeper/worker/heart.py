@@ -19,6 +19,9 @@ from sweeper.worker.signals import Signals
 _log = logging.getLogger(__name__)
 _TELL_S: Final = 10.0
 """A worker without a trial says so often that it is there."""
+_GATHER_S: Final = 1.0
+"""Trials that join others are told of together: a beat follows no sooner than so long after the one
+before. Nobody waits for it, a claim is a beat."""
 
 
 class Heart(threading.Thread):
@@ -82,6 +85,8 @@ class Heart(threading.Thread):
     def run(self) -> None:
         while True:
             self._wake.wait(timeout=self._interval_s if self._claims else 1.0)
+            if len(self._claims) > 1 and (since_s := time.monotonic() - self._told) < _GATHER_S:
+                time.sleep(_GATHER_S - since_s)
             self._wake.clear()
             if self._parent is not None and os.getppid() != self._parent:
                 _log.warning("the process that started this worker is gone; stopping")
@@ -91,8 +96,8 @@ class Heart(threading.Thread):
             if not claims and time.monotonic() - self._told < _TELL_S:
                 continue
             try:
-                for claimed in claims:
-                    held.beat(self._store, claimed)
+                if claims:
+                    held.beat(self._store, claims)
                 if claims and study_id is not None:
                     self.asked = studies.control(self._store, study_id)
                 self._tell()

@@ -40,6 +40,7 @@ from sweeper.worker.attempt import Attempt
 from sweeper.worker.cohorts import Cohorts, out_of_memory
 from sweeper.worker.heart import Heart
 from sweeper.worker.patience import patiently
+from sweeper.worker.reports import Reporter
 from sweeper.worker.signals import Signals, StopNowError
 from sweeper.worker.work import Rest, Work
 
@@ -65,6 +66,7 @@ class Worker:
     parent: int | None = None
     allow_imports: bool = False
     signals: Signals = field(default_factory=Signals)
+    reporter: Reporter = field(init=False)
     _dataset: tuple[DataConfig, Dataset] | None = None
     _next: Attempt | None = None
 
@@ -84,6 +86,7 @@ class Worker:
         )
         self._heart = Heart(self.store, self.signals, self._presence(), parent=self.parent)
         self._heart.start()
+        self.reporter = Reporter(self.store)
         self._cohorts = Cohorts(worker=self, work=self._work)
         over = False
         try:
@@ -95,6 +98,7 @@ class Worker:
             if self._next is not None:
                 self._next.give_back()
                 self._next.close()
+            self.reporter.close()
             self._heart.leave()
         return over
 

@@ -4,6 +4,9 @@ Where a pruner decides, training waits the few milliseconds until a report is st
 is there: a trial is pruned at the epoch where it should be. When the store is away, training goes
 on, the thread tries again, and a decision to prune comes when it comes. Where nothing is to be
 decided, training does not wait at all.
+
+A worker has one thread for all of its trials, and what they say of one epoch is one transaction:
+those of a cohort first hand in their reports, and only then is the first one's verdict asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from sweeper.errors import StoreRefusedError, StoreUnreachableError, TrialLostError
@@ -22,113 +27,226 @@ _WAIT_S: Final = 10.0
 """So long training waits for an answer before it takes the store for away."""
 
 
-class Reports:
-    """The reports of one attempt. ``store`` has them in the order of the epochs."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Report:
+    """The first objective after an epoch, and whether the pruner is to be asked then."""
 
-    def __init__(self, store: Store, study: StoredStudy, claimed: queue.Claim) -> None:
-        self._store = store
-        self._study = study
-        self._claimed = claimed
-        self._changed = threading.Condition()
-        self._due: deque[tuple[int, float, bool]] = deque()
+    epoch: int
+    value: float
+    decide: bool
+
+
+class Reports:
+    """The reports of one attempt. ``store`` has them in the order of the epochs.
+
+    ``due`` are those that the store lacks, ``told`` those that it has (epoch → value), ``error`` is
+    what ended them. The reporter's ``changed`` guards all of it.
+    """
+
+    def __init__(self, reporter: Reporter, study: StoredStudy, claimed: queue.Claim) -> None:
+        self.study = study
+        self.claimed = claimed
+        self.due: deque[_Report] = deque()
+        self.told: dict[int, float] = {}
+        self.prune = False
+        self.error: Exception | None = None
+        self._reporter = reporter
+        self._changed = reporter.changed
         self._prunes = held.prunes(study.study)
-        self._told: dict[int, float] = {}
-        self._away = self._closed = self._prune = False
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
+        self._waits = False
+        reporter.add(self)
 
     def tell(self, epoch: int, value: float, *, decide: bool = True) -> bool:
         """Report the first objective after ``epoch``; whether the pruner ends the trial.
 
         Without ``decide`` the pruner is not asked. Raises TrialLostError where the store has given
-        the trial to another worker, as soon as that is known, and whatever else ended the thread.
+        the trial to another worker, as soon as that is known, and whatever else ended the reports.
         """
+        self.put(epoch, value, decide=decide)
+        return self.verdict()
+
+    def put(self, epoch: int, value: float, *, decide: bool = True) -> None:
+        """The first half of :meth:`tell`: hand a report in, which is on its way from the next
+        :meth:`verdict` of any attempt on."""
         with self._changed:
-            decide = decide and self._prunes
-            self._due.append((epoch, value, decide))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-            waits = decide and not self._away
-            if waits and not self._changed.wait_for(self._settled, _WAIT_S):
-                self._away = True
-                _log.warning("the store does not answer; training goes on")
             self._raise()
-            return self._prune
+            self._waits = decide and self._prunes
+            self.due.append(_Report(epoch=epoch, value=value, decide=self._waits))
+
+    def verdict(self) -> bool:
+        """The second half of :meth:`tell`: whether the pruner ends the trial."""
+        with self._changed:
+            if self.due:
+                self._reporter.send()
+            if self._waits:
+                self._reporter.wait_for(self._settled)
+            self._raise()
+            return self.prune
 
     @property
     def lost(self) -> bool:
         """Whether the store has given the trial to another worker. Does not wait."""
-        return isinstance(self._error, TrialLostError)
+        return isinstance(self.error, TrialLostError)
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until every report is stored; whether they are. Raises as :meth:`tell`."""
         with self._changed:
-            done = self._changed.wait_for(lambda: not self._due or self._ended, timeout_s)
+            if self.due:
+                self._reporter.send()
+            done = self._changed.wait_for(self._settled, timeout_s)
             self._raise()
             return done
 
     def close(self) -> None:
-        """End the thread; what the store does not have yet is given up."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        """Report no more; what the store does not have yet is given up."""
+        self._reporter.remove(self)
 
     def _settled(self) -> bool:
-        return not self._due or self._away or self._ended
-
-    @property
-    def _ended(self) -> bool:
-        return self._error is not None
+        return not self.due or self.error is not None
 
     def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
+
+
+_Batch = Mapping[Reports, Sequence[_Report]]
+
+
+class Reporter:
+    """The thread that stores the reports of all attempts of one worker.
+
+    It takes whatever is due, stores that in one transaction, asks the pruner for those that it is
+    to decide about, and then lets everybody know. ``changed`` guards its attempts' reports.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.changed = threading.Condition()
+        self._database = store
+        self._reports: dict[Reports, None] = {}
+        self._thread: threading.Thread | None = None
+        self._sent = self._away = self._closed = False
+
+    def add(self, reports: Reports) -> None:
+        """Report for one more attempt."""
+        with self.changed:
+            self._reports[reports] = None
+
+    def remove(self, reports: Reports) -> None:
+        """Report no more for an attempt; the others do not notice."""
+        with self.changed:
+            self._reports.pop(reports, None)
+
+    def send(self) -> None:
+        """Let the thread take what is due. For who holds ``changed``."""
+        self._sent = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+            self._thread.start()
+        self.changed.notify_all()
+
+    def wait_for(self, settled: Callable[[], bool]) -> None:
+        """Wait, but not for a store that is away. For who holds ``changed``."""
+        if not self.changed.wait_for(lambda: self._away or settled(), _WAIT_S):
+            self._away = True  # for all: those that wait one after the other wait once
+            _log.warning("the store does not answer; training goes on")
+
+    def close(self) -> None:
+        """End the thread."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify_all()
 
     def _run(self) -> None:
         failures = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._due) or self._closed)
-                if self._closed:
-                    return
-                epoch, value, decide = self._due[0]
-                decide = decide and len(self._due) == 1
+        while (batch := self._taken()) is not None:
             try:
-                held.report(self._store, self._claimed, epoch, value)
-                self._told[epoch] = value
-                prune = decide and held.should_prune(
-                    self._store, self._study.study, self._claimed, epoch, self._told
-                )
+                self._store(batch)
             except StoreRefusedError as error:
-                self._end(error)
-                return
+                failures = 0
+                self._end(batch, error)
             except StoreUnreachableError as error:
                 failures += 1
                 self._hold_out(failures, error)
-                continue
-            except Exception as error:  # noqa: BLE001 - raised again in the training thread
-                self._end(error)
-                return
-            if failures:
-                _log.info("the store answers again, %d reports were missing", len(self._due))
-            failures = 0
-            with self._changed:
-                self._due.popleft()
-                self._prune = self._prune or prune
-                self._away = self._away and bool(self._due)
-                self._changed.notify_all()
+            else:
+                if failures and batch:
+                    missing = sum(map(len, batch.values()))
+                    _log.info("the store answers again, %d reports were missing", missing)
+                failures = 0
+                with self.changed:
+                    self._away = False
+                    self.changed.notify_all()
 
-    def _end(self, error: Exception) -> None:
-        with self._changed:
-            self._error = error
-            self._changed.notify_all()
+    def _taken(self) -> _Batch | None:
+        """What is due, as soon as any of it was sent; None at the end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._sent or self._closed)
+            if self._closed:
+                return None
+            self._sent = False
+            return {each: tuple(each.due) for each in self._reports if each.due and not each.error}
+
+    def _store(self, batch: _Batch) -> None:
+        """Store a batch and decide. Where that fails half-way, who has an answer is not asked about
+        again, and the others' reports are written once more."""
+        lost = self._written(batch) if batch else set()
+        for reports, due in batch.items():
+            with self.changed:
+                if reports.error or reports not in self._reports:
+                    continue
+            if reports.claimed.trial_id in lost:
+                self._end([reports], TrialLostError())
+            else:
+                self._decide(reports, due)
+
+    def _written(self, batch: _Batch) -> set[int]:
+        """Write a batch in one transaction; the ids of the trials that were lost.
+
+        What fails in a way that no store fails is written one by one, and ends who is to blame.
+        """
+        try:
+            return held.report_all(
+                self._database,
+                {
+                    reports.claimed.trial_id: {report.epoch: report.value for report in due}
+                    for reports, due in batch.items()
+                },
+            )
+        except StoreUnreachableError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again in the training thread
+            if len(batch) == 1:
+                self._end(batch, error)
+                return set()
+        return {lost for reports, due in batch.items() for lost in self._written({reports: due})}
+
+    def _decide(self, reports: Reports, due: Sequence[_Report]) -> None:
+        """Ask the pruner about the newest report, if it is to decide about that."""
+        study, claimed, newest = reports.study.study, reports.claimed, due[-1]
+        reports.told.update((report.epoch, report.value) for report in due)
+        try:
+            prune = newest.decide and held.should_prune(
+                self._database, study, claimed, newest.epoch, reports.told
+            )
+        except StoreUnreachableError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again in the training thread
+            self._end([reports], error)
+            return
+        with self.changed:
+            for _ in due:
+                reports.due.popleft()
+            reports.prune = reports.prune or prune
+
+    def _end(self, batch: Iterable[Reports], error: Exception) -> None:
+        with self.changed:
+            for reports in batch:
+                reports.error = error
+            self.changed.notify_all()
 
     def _hold_out(self, failures: int, error: StoreUnreachableError) -> None:
         if failures == 1:
             _log.warning("a report did not reach the store, training goes on: %s", error)
-        with self._changed:
-            self._away = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._closed, pause_s(failures))
+        with self.changed:
+            self._away = self._sent = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self._closed, pause_s(failures))

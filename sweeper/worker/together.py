@@ -16,14 +16,15 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from sweeper import settings as names
 from sweeper.errors import StoreRefusedError, StoreUnreachableError
 from sweeper.store import Outcome, StoredStudy, queue
 from sweeper.study.spec import Grid, ReferenceOnly
+from sweeper.worker.attempt import Attempt
 from sweeper.worker.cohorts import Cohorts, out_of_memory
 from sweeper.worker.compiling import going_by
 from sweeper.worker.room import Room
@@ -34,12 +35,13 @@ if TYPE_CHECKING:  # torch takes seconds to load: only a worker that has a trial
     from sweeper.measurement import Measurement
     from sweeper.training.crew import Crew
     from sweeper.training.network import NetworkTrial
-    from sweeper.worker.attempt import Attempt
     from sweeper.worker.loop import Worker
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S: Final = 2.0
 """With room left and nothing found, the queue is looked at again after so long."""
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -272,21 +274,28 @@ class Together:
             self.attempts[member].record(measurement)  # all of them, before anything waits
             self._rates[member] = measurement.metrics.get("samples_per_s", 0.0)
         self.worker.note_throughput(sum(self._rates.values()) or None)
-        ended: list[tuple[NetworkTrial, Outcome]] = []
-        for member, _ in measured:
-            attempt, over = self.attempts[member], True
-            with self.worker.fate_of(attempt):
-                outcome = attempt.measured(member)
-                over = False
-            if over:
-                self._release(member)
-            elif outcome is not None:
-                ended.append((member, outcome))
+        told = self._each([member for member, _ in measured], Attempt.told)
+        found = self._each([member for member, _ in told], Attempt.measured)
+        ended = [(member, outcome) for member, outcome in found if outcome is not None]
         self._test([member for member, outcome in ended if outcome is Outcome.COMPLETED])
         for member, outcome in ended:
             with self.worker.fate_of(self.attempts[member]):
                 self.attempts[member].end(member, outcome)
             self._release(member)
+
+    def _each(
+        self, members: list[NetworkTrial], act: Callable[[Attempt, NetworkTrial], T]
+    ) -> list[tuple[NetworkTrial, T]]:
+        """Do the same with each of them; what it gave, of those that it was not the end of."""
+        done: list[tuple[NetworkTrial, T]] = []
+        for member in members:
+            over = True
+            with self.worker.fate_of(self.attempts[member]):
+                done.append((member, act(self.attempts[member], member)))
+                over = False
+            if over:
+                self._release(member)
+        return done
 
     def _test(self, members: list[NetworkTrial]) -> None:
         """Read the test set for several at once; where that does not work, each does it itself."""

@@ -140,5 +140,5 @@ def test_a_beat_keeps_a_trial(store: Store, started: Start) -> None:
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
     silence(store)
-    held.beat(store, claimed)
+    held.beat(store, [claimed])
     assert recovery.reap(store, study.id, lost_after_s=60) == []

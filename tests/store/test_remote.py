@@ -89,7 +89,7 @@ def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
     claimed = queue.claim(remote, study.id, "far")
     assert claimed is not None
     silence(store)
-    held.beat(remote, claimed)
+    held.beat(remote, [claimed])
     assert recovery.reap(store, study.id, lost_after_s=60) == []
     silence(store)
     assert recovery.reap(store, study.id, lost_after_s=60) == [0]
