@@ -23,7 +23,7 @@ Here trials are taken; what a worker does with the one it has is `sweeper.store.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -41,6 +41,8 @@ from sweeper.study.spec import StudySpec
 
 _KNOWN_AHEAD: Final = 512
 """So many waiting trials are looked through for one that fits into a cohort."""
+_FIRST_LOOK: Final = 16
+"""So many of them at first: mostly one of the oldest fits, and the others need not be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,16 +122,23 @@ def unfinished(store: Store, study_id: int) -> int | None:
         return int(connection.execute(query).scalar_one())
 
 
-def _known_waiting(store: Store, study_id: int) -> list[FrozenTrial]:
-    """The oldest waiting trials whose values are known and that may join others."""
+def _known_waiting(store: Store, study_id: int) -> Iterator[FrozenTrial]:
+    """The oldest waiting trials whose values are known and that may join others.
+
+    Read as far as they are asked for, and no connection is held meanwhile.
+    """
+    oldest = _waiting(TRIALS.c.study_id == study_id, _KNOWN_AHEAD)
     with store.reading() as connection:
-        ids = connection.execute(_waiting(TRIALS.c.study_id == study_id, _KNOWN_AHEAD)).scalars()
-        return [
-            trial
-            for trial in tables.read(connection, ids)
-            if trial.user_attrs.keys() & {attr.FIXED, attr.DRAWN}
-            and attr.ALONE not in trial.user_attrs
-        ]
+        ids = connection.execute(oldest).scalars().all()
+    for some in (ids[:_FIRST_LOOK], ids[_FIRST_LOOK:]):
+        if not some:
+            return
+        with store.reading() as connection:
+            found = tables.read(connection, some)
+        for trial in found:
+            known = trial.user_attrs
+            if known.keys() & {attr.FIXED, attr.DRAWN} and attr.ALONE not in known:
+                yield trial
 
 
 def _waiting(among: sqlalchemy.ColumnElement[bool], limit: int) -> sqlalchemy.Select[Any]:
