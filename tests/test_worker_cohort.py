@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from worker_bench import Bench, MakeBench, alone, assert_same, numbers
 
-from sweeper.store import Control, recovery, studies, workers
+from sweeper.store import Control, Store, held, recovery, studies, workers
 from sweeper.store.workers import Presence
 from sweeper.training import compiling
 from sweeper.training.cohort import Choice, ready
@@ -234,6 +235,24 @@ def test_what_a_cohort_began_goes_on_alone(bench: MakeBench) -> None:
         patch.setattr("sweeper.worker.cohorts.Cohorts.around", lambda cohorts, attempt: None)
         found.worker.run()
     assert_same(found, alone(bench))
+
+
+def test_a_cohort_reports_every_epoch_in_one_transaction(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"sampler": "grid", "pruner": {"name": "median"}}
+    found = bench(resources={"cohort": 6}, search=search)
+    sizes: list[int] = []
+    report_all = held.report_all
+
+    def counted(store: Store, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
+        sizes.append(len(reports))
+        return report_all(store, reports)
+
+    monkeypatch.setattr(held, "report_all", counted)
+    found.worker.run()
+    assert sizes == [6, 6, 6]
+    assert [sorted(row.history) for row in found.now.rows] == [[1, 2, 3]] * 6
 
 
 def test_a_lost_member_is_dropped_and_the_others_go_on(bench: MakeBench) -> None:

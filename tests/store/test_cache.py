@@ -115,6 +115,5 @@ def test_a_report_of_a_trial_that_was_deleted_is_refused(store: Store, started: 
     claimed = queue.claim(store, study.id, "a")
     assert claimed is not None
     store.storage.delete_study(study.id)
-    with pytest.raises(TrialLostError) as error:
+    with pytest.raises(TrialLostError):
         held.report(store, claimed, 1, 0.5)
-    assert "no trial has the id" in str(error.value.__cause__)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from sqlalchemy import event
 
 from sweeper.errors import TrialLostError
 from sweeper.store import Outcome, Store, StoredStudy, held, queue, recovery, standing
@@ -142,3 +144,17 @@ def test_a_beat_keeps_a_trial(store: Store, started: Start) -> None:
     silence(store)
     held.beat(store, [claimed])
     assert recovery.reap(store, study.id, lost_after_s=60) == []
+
+
+def test_beats_of_many_trials_are_one_transaction(store: Store, started: Start) -> None:
+    """Also where one was deleted meanwhile; a trial of nobody's stays silent."""
+    study = started(search={"trials": 4})
+    claims = [queue.claim(store, study.id, "a") for _ in range(4)]
+    beaten = [claimed for claimed in claims[:3] if claimed is not None]
+    gone = replace(beaten[0], trial_id=beaten[0].trial_id + 1000)
+    silence(store)
+    commits: list[object] = []
+    event.listen(store.backend.engine, "commit", commits.append)
+    held.beat(store, [gone, *beaten])
+    assert len(commits) == 1
+    assert recovery.reap(store, study.id, lost_after_s=60) == [3]
