@@ -121,7 +121,7 @@ def test_one_of_many_that_is_no_more_is_lost(url: str, assemble: Assemble) -> No
     company = assemble(url, 1)
     (claimed,) = company.claims
     there = {claimed.trial_id: {1: 0.5}}
-    gone = {claimed.trial_id + number: {1: 0.5} for number in range(1000, 2200)}
+    gone = {trial_id: {1: 0.5} for trial_id in range(-1200, 0)}
     assert held.report_all(company.store, {**gone, **there}) == set(gone)
     assert company.stored(0) == {1: 0.5}
 
@@ -201,7 +201,10 @@ def test_a_store_that_refuses_ends_all_who_reported(file_url: str, assemble: Ass
 
 
 def test_what_fails_half_way_is_done_again(
-    file_url: str, assemble: Assemble, monkeypatch: pytest.MonkeyPatch
+    file_url: str,
+    assemble: Assemble,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     company = assemble(file_url, 3, pruner=BELOW_HALF)
     asked: list[int] = []
@@ -209,7 +212,7 @@ def test_what_fails_half_way_is_done_again(
 
     def ask(store: Any, study: Any, claimed: queue.Claim, epoch: int, told: Any) -> bool:
         asked.append(claimed.number)
-        if asked == [0, 1]:
+        if asked in ([0, 1], [0, 1, 1]):
             raise StoreUnreachableError("gone")
         return should_prune(store, study, claimed, epoch, told)
 
@@ -217,9 +220,13 @@ def test_what_fails_half_way_is_done_again(
     for said in company.said:
         said.put(1, 0.25)
     company.said[0].verdict()
+    until = time.monotonic() + 20
+    while len(asked) < 5 and time.monotonic() < until:  # by itself, nobody says anything
+        time.sleep(0.05)
+    assert asked == [0, 1, 1, 1, 2]
     assert all(said.settle(60) for said in company.said)
     assert [said.verdict() for said in company.said] == [True] * 3
-    assert asked == [0, 1, 1, 2]
+    assert caplog.text.count("training goes on") == 1
 
 
 def test_nobody_waits_again_for_a_store_that_hangs(
@@ -290,6 +297,5 @@ def test_those_that_join_are_beaten_for_together(file_url: str, assemble: Assemb
         until = time.monotonic() + 20
         while (not beats or len(beats[-1]) < 8) and time.monotonic() < until:
             time.sleep(0.05)
-    assert beats[0] == {0}
     assert beats[-1] == set(range(8))
     assert len(beats) <= 3
