@@ -403,7 +403,7 @@ def test_auto_compiles_the_step_of_a_cohort_where_that_repays(
     """Six trials, three at once: what was measured for one batch of three is in the home folder."""
     monkeypatch.setattr(compiling, "TRY_S", {"cpu": 0.0})
     monkeypatch.setattr(compiling, "FEWEST_STEPS", 1)
-    monkeypatch.setattr(ready, "compiled", lambda losses: lambda *arguments: losses(*arguments))
+    monkeypatch.setattr(ready, "compiled", lambda losses, _: lambda *arguments: losses(*arguments))
     steps = iter([0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9])
     monkeypatch.setattr(ready.ReadyCohort, "step_s", lambda _: next(steps))
     train = {**GRID["train"], "compile": "auto"}
