@@ -21,6 +21,7 @@ from trial_bench import (
 
 from sweeper.errors import TrialDivergedError, UsageError
 from sweeper.measurement import Measurement
+from sweeper.models import mixer
 from sweeper.training import Interrupted, TrainingClosedError
 from sweeper.training.cohort import Member
 
@@ -38,6 +39,22 @@ def test_members_get_what_they_get_alone(model: str, data: dict[str, Any], bench
         bench.config(index, varied(index, name), MODELS[model], data)
         for index, name in enumerate(OPTIMIZERS)
     ]
+    cohort = bench.cohort(configs[0])
+    members = [cohort.join(config) for config in configs]
+    rounds = [dict(cohort.epoch()) for _ in range(3)]
+    cohort.test(members)
+    for member in members:
+        assert_as_alone(bench, member, [measured[member] for measured in rounds])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_members_get_what_they_get_where_patches_are_mixed_by_image(
+    order: tuple[int, ...], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: without dropout (the first here) by image, alone; never in a cohort, whose masks
+    are those of rows. Whoever founds the cohort."""
+    monkeypatch.setattr(mixer, "_BY_IMAGE_ON", "cpu")
+    configs = [bench.config(index, varied(index, "sgd"), MODELS["mixer"]) for index in order]
     cohort = bench.cohort(configs[0])
     members = [cohort.join(config) for config in configs]
     rounds = [dict(cohort.epoch()) for _ in range(3)]

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sweeper.config import TrialConfig
 from sweeper.data import Dataset, Part
 from sweeper.models import build
-from sweeper.models.mixer import TokenMlp
+from sweeper.models.mixer import by_rows
 from sweeper.training.cohort.losses import CohortLoss
 from sweeper.training.cohort.noise import MaskedDropout, Noise, rates_of, with_masks
 from sweeper.training.cohort.ready import Built, ReadyCohort
@@ -75,7 +75,7 @@ class CohortEngine:
         self._dataset = dataset
         self._device = device
         self.precision = precision_of(config.train, device)
-        model = self._built(config)
+        model = by_rows(self._built(config))
         self.layout = Layout.of(
             model,
             lowered=lowered_parameters(model, self.precision),
@@ -83,7 +83,7 @@ class CohortEngine:
         )
         self.names = tuple(model.state_dict())
         self._noise = Noise(model, precision=self.precision, device=device)
-        self._template = _for_vmap(with_masks(model))
+        self._template = _with_wide_norms(with_masks(model))
         self.inputs = self.part(dataset.train, augmented=True)
         count, size = len(self.inputs), config.train.batch_size
         self._full, self._tail = batches_of(count, size)
@@ -120,7 +120,7 @@ class CohortEngine:
 
     def seat(self, config: TrialConfig) -> Seat:
         """A member before its first step, in no slot yet."""
-        model = self._built(config)
+        model = by_rows(self._built(config))
         return Seat(
             config=config, numbers=Numbers.initial(model, self.layout), rates=rates_of(model)
         )
@@ -364,12 +364,11 @@ class CohortEngine:
         self._rewind()
 
 
-def _for_vmap(model: nn.Module) -> nn.Module:
-    """``model`` as vmap takes it well.
+def _with_wide_norms(model: nn.Module) -> nn.Module:
+    """``model``, whose norms are given float32 at least.
 
-    Norms are given float32 at least. Alone, autocast sees to that for layer normalization, but not
-    under vmap. Batch normalization takes anything alone; under vmap, on a CPU, only the dtype of
-    its running statistics. Weights that are the same for every image would be copied for each.
+    Alone, autocast sees to that for layer normalization, but not under vmap. Batch normalization
+    takes anything alone; under vmap, on a CPU, only the dtype of its running statistics.
     """
 
     def widened(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -379,8 +378,6 @@ def _for_vmap(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
             layer.register_forward_pre_hook(widened)
-        if isinstance(layer, TokenMlp):
-            layer.each_image = False
     return model
 
 
