@@ -120,7 +120,7 @@ class CohortEngine:
 
     def seat(self, config: TrialConfig) -> Seat:
         """A member before its first step, in no slot yet."""
-        model = by_rows(self._built(config))
+        model = self._built(config)
         return Seat(
             config=config, numbers=Numbers.initial(model, self.layout), rates=rates_of(model)
         )
