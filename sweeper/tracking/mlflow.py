@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _MAX_DIGEST: Final = 36
+_OLDEST: Final = 100
 
 _QUIET: Final[Mapping[str, str]] = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool repeats; by default a call blocks 247 s
@@ -132,23 +133,30 @@ def write_and_read(client: MlflowClient, experiment: str) -> None:
 def find_run(client: MlflowClient, experiment: str, key: str, owner: Owner = ANYBODY) -> Run | None:
     """The owner's run with this key in the experiment of that id; the oldest, were there several.
 
-    One that only an older version can have begun is taken where none has the owner's tag.
+    One that only an older version can have begun is taken where none has the owner's tag. One call,
+    but where others have as many runs of that key as MLflow gives at once.
     """
     if "'" in key:
         raise ValueError(f"a run's key must not contain a quote, but got {key!r}")
     where = f"tags.`{RUN_KEY_TAG}` = '{key}'"
-    own = f"{where} AND tags.`{STUDY_ID_TAG}` = '{owner.identity}'"
-    for filter_string in (own, where) if owner.identity else (where,):
-        with translated(f"look for the run {key}"):
-            runs = client.search_runs(
-                [experiment],
-                filter_string=filter_string,
-                order_by=["attributes.start_time ASC"],
-                max_results=100,
-            )
-        if found := next((run for run in runs if _is_of(owner, run)), None):
-            return found
-    return None
+    with translated(f"look for the run {key}"):
+        runs = _oldest(client, experiment, where)
+        own = [run for run in runs if run.data.tags.get(STUDY_ID_TAG) == owner.identity]
+        if owner.identity and not own and len(runs) == _OLDEST:
+            own_where = f"{where} AND tags.`{STUDY_ID_TAG}` = '{owner.identity}'"
+            own = _oldest(client, experiment, own_where)
+    return next((run for run in (*own, *runs) if _is_of(owner, run)), None)
+
+
+def _oldest(client: MlflowClient, experiment: str, where: str) -> list[Run]:
+    return list(
+        client.search_runs(
+            [experiment],
+            filter_string=where,
+            order_by=["attributes.start_time ASC"],
+            max_results=_OLDEST,
+        )
+    )
 
 
 def _is_of(owner: Owner, run: Run) -> bool:

@@ -7,12 +7,13 @@ import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
 from sweeper.errors import TrackerRefusedError, TrackerUnreachableError
-from sweeper.settings import RUN_KEY_TAG, Settings
+from sweeper.settings import RUN_KEY_TAG, STUDY_ID_TAG, Owner, Settings
 from sweeper.tracking import mlflow as server
 
 NOWHERE = "http://127.0.0.1:9"
@@ -75,6 +76,38 @@ def test_runs_are_found_by_their_key(mlflow_server: str, name: str) -> None:
     assert found.info.run_id == ids[f"{name}/1"] != foreign.info.run_id
     with pytest.raises(ValueError, match="quote"):
         server.find_run(client, experiment, "it's")
+
+
+@pytest.mark.mlflow
+@pytest.mark.parametrize("most", [100, 3])
+def test_a_run_is_found_among_those_of_other_studies_in_one_call_where_that_suffices(
+    mlflow_server: str, name: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Studies of one name on one server: their runs have the same keys."""
+    monkeypatch.setattr(server, "_OLDEST", most)
+    client = server.connect(mlflow_server)
+    experiment, key = server.experiment_id(client, name), f"{name}/0"
+    for began, identity in enumerate(["a", "b", "c", "mine", "mine"], 1):
+        server.create_run(
+            client,
+            experiment,
+            name=f"{identity}, {began}",
+            start_time_ms=began,
+            tags={RUN_KEY_TAG: key, STUDY_ID_TAG: identity},
+        )
+    asked: list[str] = []
+    search = client.search_runs
+
+    def counted(*arguments: Any, filter_string: str, **more: Any) -> Any:
+        asked.append(filter_string)
+        return search(*arguments, filter_string=filter_string, **more)
+
+    monkeypatch.setattr(client, "search_runs", counted)
+    found = server.find_run(client, experiment, key, Owner(identity="mine"))
+    assert found is not None
+    assert found.info.run_name == "mine, 4"
+    assert len(asked) == (1 if most == 100 else 2)
+    assert server.find_run(client, experiment, key, Owner(identity="nobody")) is None
 
 
 @pytest.mark.mlflow
