@@ -33,6 +33,7 @@ def study(parameters: dict[str, Any], **search: Any) -> StudySpec:
         ({"optimizer.lr": LR, "train.batch_size": [32, 64, 128]}, 4),
         ({"optimizer.lr": LR, "model.width": {"low": 16, "high": 64}}, 1),
         ({"optimizer.lr": LR, "model.dropout": {"low": 0.0, "high": 0.5}}, 1),
+        ({"optimizer.lr": LR, "train.label_smoothing": [0.0, 0.1]}, 6),
     ],
 )
 def test_the_budget_is_spread_over_what_changes_the_program(
@@ -53,9 +54,10 @@ def test_workers_of_a_home_folder_share_what_they_measured_and_compiled(tmp_path
     assert how.repeats == how.together == 12
 
 
-def test_rates_of_dropout_change_the_program_of_a_trial_and_not_that_of_a_cohort(
+def test_rates_change_the_program_of_a_trial_and_not_that_of_a_cohort(
     tmp_path: Path,
 ) -> None:
-    parameters = {"model.dropout": [0.1, 0.2, 0.3], "train.seed": [0, 1]}
-    how = going_by(Settings.resolve(home=tmp_path, environment={}), study(parameters))
-    assert (how.repeats, how.together) == (4, 12)
+    for path in ("model.dropout", "train.label_smoothing"):
+        parameters = {path: [0.1, 0.2, 0.3], "train.seed": [0, 1]}
+        how = going_by(Settings.resolve(home=tmp_path, environment={}), study(parameters))
+        assert (how.repeats, how.together) == (4, 12)

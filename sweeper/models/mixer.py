@@ -51,7 +51,10 @@ class TokenMlp(TwoLayerMlp):
 
 def _across(layer: nn.Linear, x_BNC: Tensor) -> Tensor:
     """``layer`` across patches: x_BNC -> [B, out, C]."""
-    y = torch.bmm(layer.weight.expand(len(x_BNC), -1, -1), x_BNC)
+    weight, kind = layer.weight, x_BNC.device.type
+    if torch.is_autocast_enabled(kind):  # which would cast a copy for every image
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    y = torch.bmm(weight.expand(len(x_BNC), -1, -1), x_BNC)
     return y + layer.bias[:, None].to(y.dtype)
 
 

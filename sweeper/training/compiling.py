@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -215,6 +216,22 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     return faster
 
 
+_CODES: Final[dict[type, CodeType]] = {}
+
+
+def of_its_own(method: Callable[P, T], kind: type) -> Callable[P, T]:
+    """A bound ``method`` with code that is shared among those of this ``kind`` only.
+
+    What torch has compiled belongs to a code object, and so do its limits: a model for which it
+    gives up, as it changes with every batch, is not to end compiling for all others.
+    """
+    assert isinstance(method, MethodType)
+    function = method.__func__
+    code = _CODES.setdefault(kind, function.__code__.replace())
+    own = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    return MethodType(own, method.__self__)
+
+
 @contextlib.contextmanager
 def ready(code: Path | None) -> Iterator[None]:
     """Compile in here. Compiled code is kept in ``code``, for the owner's eyes only.
@@ -293,12 +310,13 @@ def program(config: TrialConfig, shape: DataShape, device: torch.device) -> str:
     """A text that two trials share if they run the same compiled code on the same kind of device.
 
     Initial weights and data change none of it, and the optimizer only whether weights are in rows;
-    dropout does, even its rate.
+    rates of dropout and of label smoothing are built in.
     """
     train = config.train
     what = {
         "model": config.model.model_dump(mode="json", exclude={"init"}),
         "shape": list(shape),
+        "loss": [train.loss, train.label_smoothing],
         "batch_size": train.batch_size,
         "precision": train.precision,
         "rows": device.type == "cuda" and fits(config),

@@ -22,6 +22,7 @@ from sweeper.training.compiling import (
     compiled,
     decide,
     lacking,
+    of_its_own,
     program,
     ready,
     refused,
@@ -137,9 +138,8 @@ class ReadyStep:
         if self._compiled is None:
             try:
                 with ready(self._code), self._rehearsal() as undo:
-                    self._compiled = self._step.measure = compiled(
-                        self._step.measured, self._device
-                    )
+                    measured = of_its_own(self._step.measured, type(self._step.model))
+                    self._compiled = self._step.measure = compiled(measured, self._device)
                     try:
                         self._run()  # compiles both passes
                     finally:

@@ -14,8 +14,9 @@ from sweeper.study.spec import StudySpec
 if TYPE_CHECKING:  # torch takes seconds to load
     from sweeper.training import Compiling
 
-_SAME_PROGRAM: Final = (FUSIBLE - {"model.dropout"}) | {"data.standardize"}
-"""Paths that leave the compiled code as it is: not dropout, whose rate becomes part of it."""
+_BUILT_IN: Final = frozenset({"model.dropout", "train.label_smoothing"})
+_SAME_PROGRAM: Final = (FUSIBLE - _BUILT_IN) | {"data.standardize"}
+"""Paths that leave the compiled code as it is: not the rates that become part of it."""
 
 
 def going_by(settings: Settings, spec: StudySpec) -> Compiling:

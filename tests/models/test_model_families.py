@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sweeper.config import DataShape, ModelConfig
 from sweeper.models import build, parameter_count, sinusoidal_encoding
@@ -129,6 +130,23 @@ def test_patches_are_mixed_the_same_by_a_product_an_image(hidden: int) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(found, leaves, towards), torch.autograd.grad(wanted, leaves, towards)
     )
+
+
+def test_autocast_casts_a_weight_once_and_not_for_every_image() -> None:
+    mlp, cast = TokenMlp(16, 8, features=16, activation="gelu", dropout=0.0), list[int]()
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, _: Any, given: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten._to_copy.default:
+                cast.append(given[0].untyped_storage().nbytes() // 4)
+            found = op(*given, **(kwargs or {}))
+            if op is torch.ops.aten._to_copy.default:
+                assert found.untyped_storage().nbytes() // 2 in {16 * 8, 16, 8, 5 * 16 * 16}
+            return found
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
+        assert mlp.by_image(torch.randn(5, 16, 16)).dtype is torch.bfloat16
+    assert cast.count(16 * 8) == 2
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_trials_share_a_program_where_only_values_differ(make_config: MakeConfig
     assert of() != of(batch_size=16)
     assert of() != of(model={"name": "mlp", "width": 16, "layers": 1, "dropout": 0.1})
     assert of() != of(precision="float64")
+    assert len({of(), of(label_smoothing=0.1), of(loss="mse")}) == 3
 
 
 # --- real trials ------------------------------------------------------------------------------
@@ -220,6 +221,51 @@ def test_a_compiler_that_fails_leaves_no_trace_in_auto_and_fails_the_trial_in_on
 
 def losses(training: Any) -> list[float]:
     return [measurement.metrics["train_loss"] for measurement in training.epochs()]
+
+
+RESTLESS = """
+from torch import nn
+
+class Restless(nn.Linear):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1  # which is built in: it is compiled anew for every batch
+        return super().forward(x.flatten(1)) + self.calls
+
+def make(shape, **arguments):
+    return Restless(shape[0] * shape[1] * shape[2], shape[3])
+"""
+
+
+def test_a_model_that_torch_gives_up_on_does_not_end_compiling_for_others(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "restless_model.py").write_text(RESTLESS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen: list[int] = []
+
+    def traced(graph: Any, _: Any) -> Any:
+        seen.append(1)
+        return graph
+
+    def compiled(function: Any, _: torch.device) -> Any:
+        return torch.compile(function, dynamic=False, backend=traced)
+
+    monkeypatch.setattr(ready_module, "compiled", compiled)
+
+    def graphs_of(model: dict[str, Any]) -> int:
+        seen.clear()
+        config = make_config(model, compile="on", epochs=12)
+        training = prepare(config, folder=Path(), device=CPU, dataset=make_dataset(config))
+        list(training.epochs())
+        return len(seen)
+
+    assert graphs_of({"name": "mlp", "width": 12, "layers": 1}) == 1
+    assert graphs_of({"name": "restless_model:make"}) > 5
+    assert graphs_of({"name": "mlp", "width": 13, "layers": 1}) == 1
 
 
 def test_memory_that_does_not_suffice_is_no_failure_of_the_compiler(how: Compiling) -> None:

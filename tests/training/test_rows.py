@@ -74,10 +74,12 @@ def test_the_update_in_one_kernel_is_that_of_torch(
 def test_a_large_gradient_is_not_joined_with_the_others(
     lowered: str, large: int, triton_on_the_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that is lowered, or the first of two weights only."""
+    """All weights, or the first of two only; and where there is nothing else."""
     monkeypatch.setattr(numbers, "LARGE", len(SECTIONS) * large)
+    apart = 2 if large == 16 else 1
     for fused in (triton_on_the_cpu.update, None):
-        rules_are_those_of_torch(fused, LOWERED[lowered], apart=2 if large == 16 else 1)
+        rules_are_those_of_torch(fused, LOWERED[lowered], apart=apart)
+        rules_are_those_of_torch(fused, LOWERED["weights"], apart=apart, bias=False)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")  # set where it is called
@@ -115,7 +117,9 @@ def test_every_rule_is_that_of_torch(lowered: str) -> None:
     rules_are_those_of_torch(None, LOWERED[lowered])
 
 
-def rules_are_those_of_torch(fused: Any, lowered: frozenset[str], *, apart: int = 0) -> None:
+def rules_are_those_of_torch(
+    fused: Any, lowered: frozenset[str], *, apart: int = 0, bias: bool = True
+) -> None:
     """Ten steps of all rules at once, with gradients of every size, against torch.optim.
 
     What is lowered has gradients in float32 here, and the weights are float64.
@@ -123,7 +127,7 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str], *, apart: int 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     if apart:  # which leave no gap
-        model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4)).double()
+        model = nn.Sequential(nn.Linear(8, 4, bias=bias), nn.Linear(4, 4, bias=bias)).double()
     layout = Layout.of(model, lowered=lowered)
     assert len(layout.apart(len(SECTIONS))) == apart
     configs = [OptimizerConfig.model_validate(section) for section in SECTIONS.values()]
@@ -142,7 +146,9 @@ def rules_are_those_of_torch(fused: Any, lowered: frozenset[str], *, apart: int 
         named = {name: torch.randn_like(leaf.detach()) for name, leaf in leaves.named.items()}
         zeros = torch.zeros(16 * len(configs), dtype=torch.float64)
         large = [layout.flat(name, named.pop(name)) for name in layout.apart(len(configs))]
-        lowered_part, kept_part = layout.joined(named, zeros.float(), zeros)
+        lowered_part, kept_part = layout.joined(
+            named, zeros.float(), zeros, rows=torch.Size([len(configs)])
+        )
         gradient = Gradient(
             lowered=lowered_part * scale,
             kept=kept_part * scale,
@@ -293,9 +299,11 @@ def test_a_step_with_large_gradients_is_the_same_step(
     joined: list[int] = []
     original = Layout.joined
 
-    def counted(layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor) -> Any:
+    def counted(
+        layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor, rows: torch.Size
+    ) -> Any:
         joined.append(len(layout.places) - len(named))
-        return original(layout, named, *zeros)
+        return original(layout, named, *zeros, rows=rows)
 
     monkeypatch.setattr(Layout, "joined", counted)
     large = states()
@@ -389,11 +397,13 @@ def test_gradients_come_as_they_lie_in_a_row(
     seen: list[str] = []
     original = Layout.joined
 
-    def joined(layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor) -> Any:
+    def joined(
+        layout: Layout, named: dict[str, torch.Tensor], *zeros: torch.Tensor, rows: torch.Size
+    ) -> Any:
         for name, value in named.items():
             seen.append(name)
             assert layout.flat(name, value).data_ptr() == value.data_ptr(), name
-        return original(layout, named, *zeros)
+        return original(layout, named, *zeros, rows=rows)
 
     cohort, alone = bench.cohort(config), bench.alone(config)
     cohort.join(config)

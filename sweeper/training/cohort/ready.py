@@ -209,18 +209,18 @@ class ReadyCohort:
 
     def _key(self) -> str:
         """What two cohorts share that run the same compiled code, the loss included."""
-        built, loss = self._built, self._config.train.loss
+        built = self._built
         smooth = ", smoothed" if built.smooths else ""
-        which = program(self._typical(), self._shape, self._device)
-        return f"{built.slots} x {which} {loss}{smooth}"
+        return f"{built.slots} x {program(self._typical(), self._shape, self._device)}{smooth}"
 
     def _typical(self) -> TrialConfig:
-        """The configuration that stands for all members: their rates of dropout are no code."""
+        """The configuration that stands for all members: their rates are no code."""
         model = self._config.model
-        if not hasattr(model, "dropout"):
-            return self._config
-        rate = 0.5 if self._built.dropping else 0.0
-        return self._config.model_copy(update={"model": model.model_copy(update={"dropout": rate})})
+        if hasattr(model, "dropout"):
+            rate = 0.5 if self._built.dropping else 0.0
+            model = model.model_copy(update={"dropout": rate})
+        train = self._config.train.model_copy(update={"label_smoothing": 0.0})
+        return self._config.model_copy(update={"model": model, "train": train})
 
     def _compile(self) -> float:
         """Let the step run compiled; the seconds that took. Raises CompileError."""

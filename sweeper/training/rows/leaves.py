@@ -99,5 +99,6 @@ class Leaves:
             for name, value in zip(self.named, found, strict=True)
         }
         apart = tuple(self.layout.flat(name, named.pop(name)) for name in self._apart)
-        lowered, kept = self.layout.joined(named, self._lowered_zeros, self._zeros)
+        rows = self._weights_KP.shape[:1]
+        lowered, kept = self.layout.joined(named, self._lowered_zeros, self._zeros, rows=rows)
         return Gradient(lowered=lowered, kept=kept, apart=apart)

@@ -107,7 +107,7 @@ class Layout:
     def row(self, state: Mapping[str, Tensor]) -> Tensor:
         """The parameters of a ``state_dict`` as a row [P]."""
         zeros = next(iter(state.values())).new_zeros(ALIGNED)
-        return torch.cat(self.joined(state, zeros, zeros))
+        return torch.cat(self.joined(state, zeros, zeros, rows=torch.Size([])))
 
     def named(self, rows: Tensor) -> dict[str, Tensor]:
         """The parameters in rows [..., P], as views [..., shape], in the model's order."""
@@ -131,9 +131,14 @@ class Layout:
         return value.reshape(*value.shape[:lead], -1)
 
     def joined(
-        self, named: Mapping[str, Tensor], lowered_zeros: Tensor, kept_zeros: Tensor
+        self,
+        named: Mapping[str, Tensor],
+        lowered_zeros: Tensor,
+        kept_zeros: Tensor,
+        *,
+        rows: torch.Size,
     ) -> tuple[Tensor, Tensor]:
-        """Parameters [..., shape] as [..., Q] and [..., R]: what is lowered, and the rest.
+        """Parameters [*rows, shape] as [*rows, Q] and [*rows, R]: what is lowered, and the rest.
 
         Without those that are not ``named``. What comes between them is taken from ``zeros`` [16 a
         row], of the dtype of each part.
@@ -141,7 +146,6 @@ class Layout:
         parts = {name: self.flat(name, named[name]) for name in self.places if name in named}
         lowered = {name: part for name, part in parts.items() if name in self.lowered}
         kept = {name: part for name, part in parts.items() if name not in self.lowered}
-        rows = next(iter(parts.values())).shape[:-1] if parts else torch.Size([])
         return self._laid(lowered, lowered_zeros, rows), self._laid(kept, kept_zeros, rows)
 
     def _laid(self, parts: Mapping[str, Tensor], zeros: Tensor, rows: torch.Size) -> Tensor:
