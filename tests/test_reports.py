@@ -153,6 +153,16 @@ def test_a_pruner_is_asked_about_the_newest_report_only(url: str, assemble: Asse
     assert asked == [(0, 2), (1, 2)]
 
 
+def test_those_that_come_to_a_rung_together_see_each_other_there(
+    url: str, assemble: Assemble
+) -> None:
+    """The best is asked about first, so that nobody after it is among the better half."""
+    company = assemble(url, 8, pruner={"name": "asha", "min_epochs": 1, "reduction": 2})
+    for value, said in enumerate(reversed(company.said)):
+        said.put(1, value)
+    assert [said.verdict() for said in company.said] == [False] + [True] * 7
+
+
 def test_a_pruner_that_raises_ends_its_own_attempt(file_url: str, assemble: Assemble) -> None:
     company = assemble(file_url, 3, pruner=BELOW_HALF)
     should_prune = held.should_prune

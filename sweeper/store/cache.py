@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from typing import Any, Final
 
 import sqlalchemy
 from optuna.distributions import BaseDistribution
@@ -16,6 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeper.store import tables
 from sweeper.store.tables import TRIALS
 
+_RUNG: Final = "completed_rung_"
+"""So Optuna's successive halving begins the names of what it compares trials by."""
+
 
 class RecentStorage(_CachedStorage):
     """Optuna's cache of finished trials, for studies whose trials wait from the beginning.
@@ -25,13 +29,14 @@ class RecentStorage(_CachedStorage):
     that run, those that were put back, and those that have ended since.
 
     Within :meth:`recent` what was read less than ``slack_s`` ago is used again: a pruner asks after
-    every epoch.
+    every epoch. Where a trial has come to a rung since, through this storage, it is not.
     """
 
     def __init__(self, backend: RDBStorage, *, slack_s: float = 0.0) -> None:
         super().__init__(backend)
         self._slack_s = slack_s
         self._read_at: dict[int, float] = {}
+        self._rung_at = -math.inf
         self._seen: dict[int, int] = {}
         self._distributions: dict[str, BaseDistribution] = {}
 
@@ -71,6 +76,14 @@ class RecentStorage(_CachedStorage):
         with self._backend.engine.begin() as connection:
             tables.write_epochs(connection, trial_id, {step: intermediate_value})
 
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Store what a sampler or a pruner notes. Those that come to one rung at one moment, as a
+        cohort does, are to see each other there.
+        """
+        super().set_trial_system_attr(trial_id, key, value)
+        if key.startswith(_RUNG):
+            self._rung_at = time.monotonic()
+
     def _add_trials_to_cache(self, study_id: int, trials: list[FrozenTrial]) -> None:
         study = self._studies.setdefault(study_id, _StudyInfo())
         super()._add_trials_to_cache(study_id, trials)
@@ -81,8 +94,8 @@ class RecentStorage(_CachedStorage):
                 study.unfinished_trial_ids.add(trial._trial_id)
 
     def _read_trials_from_remote_storage(self, study_id: int) -> None:
-        now = time.monotonic()
-        if now - self._read_at.get(study_id, -math.inf) < self._slack_s:
+        now, read_at = time.monotonic(), self._read_at.get(study_id, -math.inf)
+        if now - read_at < self._slack_s and read_at > self._rung_at:
             return
         with self._lock, tables.reading(self._backend.engine) as connection:
             changed, seen = self._changed(connection, study_id)

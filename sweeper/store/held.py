@@ -127,15 +127,18 @@ def should_prune(
 ) -> bool:
     """Whether the study's pruner would end the trial after ``epoch``.
 
-    It compares with the other trials as they were up to a second ago; ``told`` are the trial's own
-    values (epoch → value) that may be newer than that. What an earlier attempt reported of later
-    epochs does not count, and no trial competes with one that it replaced.
+    It compares with the other trials as they were up to a second ago, or as they are where it reads
+    what it wrote into them; ``told`` are the trial's own values (epoch → value) that may be newer
+    than that. What an earlier attempt reported of later epochs does not count, and no trial
+    competes with one that it replaced.
     """
     if not prunes(study) or len(study.directions) > 1:  # Optuna prunes by one objective only
         return False
-    with reaching(store.url), _unfinished(), store.storage.recent(_PRUNER_SLACK_S):
+    keeps_rungs = isinstance(study.pruner, _KEEP_RUNGS)
+    slack_s = 0.0 if keeps_rungs else _PRUNER_SLACK_S  # a cohort reaches its rungs at one moment
+    with reaching(store.url), _unfinished(), store.storage.recent(slack_s):
         known = None
-        if isinstance(study.pruner, _KEEP_RUNGS):
+        if keeps_rungs:
             study = copy.copy(study)
             study._storage = cast("Any", _AsBegun(study._storage))
         else:
@@ -153,7 +156,7 @@ def should_prune(
             if step <= epoch
         }
         pruned = bool(study.pruner.prune(study, frozen))
-        if pruned and isinstance(study.pruner, _KEEP_RUNGS):  # its rung says passed from now on
+        if pruned and keeps_rungs:  # its rung says passed from now on
             store.storage.set_trial_user_attr(claimed.trial_id, attr.PRUNED_AFTER, epoch)
         return pruned
 

@@ -105,6 +105,21 @@ def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
     assert (again.number, again.origin, again.attempt) == (1, 0, 2)
 
 
+def test_those_that_come_to_a_rung_together_see_each_other_there(
+    remote: Store, started: Start
+) -> None:
+    pruner = {"name": "asha", "min_epochs": 1, "reduction": 2}
+    study = started(search={"trials": 4, "pruner": pruner})
+    far = studies.load(remote, "study").study
+    claims = [queue.claim(remote, study.id, "far") for _ in range(4)]
+    pruned = []
+    for claimed, value in zip(claims, (0.9, 0.8, 0.7, 0.6), strict=True):
+        assert claimed is not None
+        held.report(remote, claimed, 1, value)
+        pruned.append(held.should_prune(remote, far, claimed, 1, {1: value}))
+    assert pruned == [False, True, True, True]
+
+
 def test_many_claim_at_once_and_no_trial_is_claimed_twice(
     store: Store, proxy: str, started: Start
 ) -> None:

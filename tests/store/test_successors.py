@@ -43,9 +43,8 @@ def pruned_after(
 
 @pytest.mark.parametrize("resumed", [0, 3, 6])
 def test_no_trial_competes_with_the_one_that_it_replaced(
-    store: Store, started: Start, monkeypatch: pytest.MonkeyPatch, resumed: int
+    store: Store, started: Start, resumed: int
 ) -> None:
-    monkeypatch.setattr(held, "_PRUNER_SLACK_S", 0.0)
     study = started(
         search={"trials": 2, "sampler": "random", "pruner": {"name": "asha", "reduction": 2}}
     )
@@ -62,9 +61,8 @@ def test_no_trial_competes_with_the_one_that_it_replaced(
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_what_was_to_be_pruned_is_pruned_though_its_worker_died_before_it_said_so(
-    store: Store, started: Start, monkeypatch: pytest.MonkeyPatch, lost: bool
+    store: Store, started: Start, lost: bool
 ) -> None:
-    monkeypatch.setattr(held, "_PRUNER_SLACK_S", 0.0)
     study = started(
         search={"trials": 2, "sampler": "random", "pruner": {"name": "asha", "reduction": 2}}
     )
