@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -180,6 +182,62 @@ def test_a_pruner_that_raises_ends_its_own_attempt(file_url: str, assemble: Asse
         with pytest.raises(ZeroDivisionError):
             company.said[1].verdict()
         assert company.said[2].verdict()
+
+
+class MistakenError(Exception):
+    """An error that a pruner raises, and that cannot be copied: what it is made of is not told."""
+
+    def __init__(self, what: str, *, told: str) -> None:
+        super().__init__(what)
+        self.told = told
+
+
+@pytest.mark.parametrize("error", [TrialLostError(), StoreRefusedError("full"), ValueError("no")])
+def test_nothing_is_left_of_who_is_over_while_nobody_reports(
+    file_url: str, assemble: Assemble, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    company = assemble(file_url, 1, pruner=BELOW_HALF)
+
+    class Model:
+        pass
+
+    def ask(*_: Any) -> bool:
+        raise type(error)(*error.args) from KeyError("the reason")
+
+    def train(said: Reports) -> weakref.ref[Model]:
+        model = Model()
+        with pytest.raises(type(error), match=f"^{error}$") as raised:
+            said.tell(1, 0.25)
+        assert isinstance(raised.value.__cause__, KeyError)
+        assert raised.traceback[-1].name == "ask"
+        return weakref.ref(model)
+
+    monkeypatch.setattr(held, "should_prune", ask)
+    kept = company.said[0]
+    model, attempt = train(kept), weakref.ref(kept)
+    gc.collect()
+    assert model() is None
+    kept.close()
+    del kept
+    company.said.clear()
+    until = time.monotonic() + 10
+    while attempt() is not None and time.monotonic() < until:  # the thread is on its way to wait
+        gc.collect()
+        time.sleep(0.01)
+    assert attempt() is None
+
+
+def test_an_error_that_cannot_be_copied_is_raised_all_the_same(
+    file_url: str, assemble: Assemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    company = assemble(file_url, 1, pruner=BELOW_HALF)
+
+    def ask(*_: Any) -> bool:
+        raise MistakenError("a pruner's own mistake", told="so")
+
+    monkeypatch.setattr(held, "should_prune", ask)
+    with pytest.raises(MistakenError, match="own mistake"):
+        company.said[0].tell(1, 0.25)
 
 
 def test_a_value_that_cannot_be_stored_ends_its_own_attempt(url: str, assemble: Assemble) -> None:

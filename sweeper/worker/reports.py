@@ -11,6 +11,7 @@ those of a cohort first hand in their reports, and only then is the first one's 
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections import deque
@@ -106,7 +107,19 @@ class Reports:
 
     def _raise(self) -> None:
         if self.error is not None:
-            raise self.error
+            raise _anew(self.error)
+
+
+def _anew(error: Exception) -> Exception:
+    """The same error to be raised in another place: what is kept of it learns nothing of the frames
+    there, which hold a model. One that cannot be copied is that error itself."""
+    try:
+        found = copy.copy(error).with_traceback(error.__traceback__)
+    except Exception:  # noqa: BLE001 - a pruner may raise whatever it likes
+        return error
+    found.__cause__, found.__context__ = error.__cause__, error.__context__
+    found.__suppress_context__ = error.__suppress_context__
+    return found
 
 
 _Batch = Mapping[Reports, Sequence[_Report]]
@@ -125,6 +138,7 @@ class Reporter:
         self._reports: dict[Reports, None] = {}
         self._thread: threading.Thread | None = None
         self._sent = self._away = self._closed = False
+        self._failures = 0
 
     def add(self, reports: Reports) -> None:
         """Report for one more attempt."""
@@ -157,24 +171,32 @@ class Reporter:
             self.changed.notify_all()
 
     def _run(self) -> None:
-        failures = 0
-        while (batch := self._taken()) is not None:
-            try:
-                self._store(batch)
-            except StoreRefusedError as error:
-                failures = 0
-                self._end(batch, error)
-            except StoreUnreachableError as error:
-                failures += 1
-                self._hold_out(failures, error)
-            else:
-                if failures and batch:
-                    missing = sum(map(len, batch.values()))
-                    _log.info("the store answers again, %d reports were missing", missing)
-                failures = 0
-                with self.changed:
-                    self._away = False
-                    self.changed.notify_all()
+        while self._once():
+            pass
+
+    def _once(self) -> bool:
+        """Wait for a batch and store it; whether there can be another. Nothing of the batch is left
+        when this returns: whoever is over is not to be kept until somebody else reports."""
+        batch = self._taken()
+        if batch is None:
+            return False
+        try:
+            self._store(batch)
+        except StoreRefusedError as error:
+            self._failures = 0
+            self._end(batch, error)
+        except StoreUnreachableError as error:
+            self._failures += 1
+            self._hold_out(self._failures, error)
+        else:
+            if self._failures and batch:
+                missing = sum(map(len, batch.values()))
+                _log.info("the store answers again, %d reports were missing", missing)
+            self._failures = 0
+            with self.changed:
+                self._away = False
+                self.changed.notify_all()
+        return True
 
     def _taken(self) -> _Batch | None:
         """What is due, as soon as any of it was sent; None at the end."""
