@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import sqlite3
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,7 +19,18 @@ import sqlalchemy
 from servers.postgres import Postgres
 
 from sweeper.errors import StoreRefusedError, StoreUnreachableError, TrialLostError
-from sweeper.store import Store, StoredStudy, held, open_store, queue, recovery, studies, tickets
+from sweeper.store import (
+    Control,
+    Store,
+    StoredStudy,
+    held,
+    open_store,
+    queue,
+    recovery,
+    studies,
+    tickets,
+    workers,
+)
 from sweeper.store.workers import Presence
 from sweeper.study.spec import StudySpec
 from sweeper.worker import Signals, reports
@@ -367,3 +379,57 @@ def test_those_that_join_are_beaten_for_together(file_url: str, assemble: Assemb
             time.sleep(0.05)
     assert beats[-1] == set(range(8))
     assert len(beats) <= 3
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["another study", "the same study"])
+def test_what_was_asked_of_trials_that_are_over_is_not_asked_of_the_next(
+    file_url: str, assemble: Assemble, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    company = assemble(file_url, 2)
+    first, second = company.claims
+    there = company.study
+    if not again:
+        with company.store.exclusively():
+            named = there.spec.model_copy(update={"name": "other"})
+            there = studies.create(company.store, named) or there
+        assert there.id != company.study.id
+    asked: list[int] = []
+    on_its_way, may_arrive = threading.Event(), threading.Event()
+
+    def control(_store: Store, study_id: int) -> Control:
+        asked.append(study_id)
+        if len(asked) > 1:
+            return Control.RUN
+        on_its_way.set()
+        may_arrive.wait(20)
+        return Control.CANCEL
+
+    monkeypatch.setattr(studies, "control", control)
+    told: list[Control] = []
+    monkeypatch.setattr(workers, "tell", lambda *_: told.append(heart.asked))
+    presence = Presence(name="me", host="h", pid=1, device="cpu", launcher="manual")
+    heart = Heart(company.store, Signals(), presence, parent=None)
+    heart.start()
+    with heart.beating(company.study, first):
+        assert on_its_way.wait(20)
+    with heart.beating(there, second):
+        may_arrive.set()
+        until = time.monotonic() + 20
+        while not told and time.monotonic() < until:
+            time.sleep(0.01)
+    assert told[0] is Control.RUN
+
+
+def test_what_was_asked_of_trials_is_asked_while_one_of_them_trains(
+    file_url: str, assemble: Assemble
+) -> None:
+    company = assemble(file_url, 2)
+    studies.ask(company.store, company.study.id, Control.CANCEL)
+    presence = Presence(name="me", host="h", pid=1, device="cpu", launcher="manual")
+    heart = Heart(company.store, Signals(), presence, parent=None)
+    heart.start()
+    with heart.beating(company.study, company.claims[0]):
+        until = time.monotonic() + 20
+        while heart.asked is Control.RUN and time.monotonic() < until:
+            time.sleep(0.01)
+        assert heart.asked is Control.CANCEL

@@ -46,22 +46,26 @@ class Heart(threading.Thread):
         self._interval_s = 10.0
         self._missed = 0
         self._wake = threading.Event()
+        self._lock = threading.Lock()
         self.asked = Control.RUN
         self.samples_per_s: float | None = None
 
     @contextlib.contextmanager
     def beating(self, study: StoredStudy, claimed: queue.Claim) -> Iterator[None]:
         """Beat for ``claimed`` as long as the context lasts, beside others of the same study."""
-        if not self._claims:
-            self._interval_s = study.spec.faults.heartbeat_s
-            self._study_id = study.id
-            self.asked = Control.RUN
-        self._hold((*self._claims, claimed), study.name)
+        with self._lock:
+            if not self._claims:
+                self._interval_s = study.spec.faults.heartbeat_s
+                self._study_id = study.id
+                self.asked = Control.RUN
+            self._hold((*self._claims, claimed), study.name)
         self._wake.set()
         try:
             yield
         finally:
-            self._hold(tuple(each for each in self._claims if each is not claimed), study.name)
+            with self._lock:
+                rest = tuple(each for each in self._claims if each is not claimed)
+                self._hold(rest, study.name)
 
     def _hold(self, claims: tuple[queue.Claim, ...], study: str) -> None:
         self._claims = claims
@@ -92,20 +96,28 @@ class Heart(threading.Thread):
                 _log.warning("the process that started this worker is gone; stopping")
                 self._parent = None
                 self._signals.stop()
-            claims, study_id = self._claims, self._study_id
+            with self._lock:
+                claims, study_id = self._claims, self._study_id
             if not claims and time.monotonic() - self._told < _TELL_S:
                 continue
             try:
                 if claims:
                     held.beat(self._store, claims)
                 if claims and study_id is not None:
-                    self.asked = studies.control(self._store, study_id)
+                    self._heard(studies.control(self._store, study_id), study_id, claims)
                 self._tell()
                 self._missed = 0
             except Exception as error:  # noqa: BLE001 - a beat must never end the thread
                 self._missed += 1
                 level = logging.WARNING if self._missed == 1 else logging.DEBUG
                 _log.log(level, "a heartbeat did not reach the store: %s", error)
+
+    def _heard(self, asked: Control, study_id: int, claims: tuple[queue.Claim, ...]) -> None:
+        """Take what the study was asked for, unless the worker is done with all of these trials:
+        those that it has since may be another study's, or this one's after it was resumed."""
+        with self._lock:
+            if study_id == self._study_id and any(each in self._claims for each in claims):
+                self.asked = asked
 
     def _tell(self) -> None:
         if not self._ended:
