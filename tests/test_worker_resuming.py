@@ -91,3 +91,26 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(
     resumed = found.tracker.runs["small/0"].tags.get("sweeper.resumed")
     assert resumed == (None if goes_on is None else f"attempt 2 {goes_on}")
     assert history(found) == history(whole)
+
+
+def test_a_pruner_knows_the_epochs_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first epoch after it, though what it reads of the store may be a second old."""
+    search = {**ONE["search"], "pruner": {"name": "median", "min_epochs": 1}}
+    found = Bench(tmp_path, search=search, train={"epochs": 4, "batch_size": 50})
+    asked: list[tuple[int, dict[int, float]]] = []
+
+    def ask(_store: Any, _study: Any, _claimed: Any, epoch: int, told: Any) -> bool:
+        asked.append((epoch, dict(told)))
+        if epoch == 2:
+            found.signals.stop()
+        return False
+
+    monkeypatch.setattr(held, "should_prune", ask)
+    found.worker.run()
+    found.signals.count = 0
+    found.worker.run()
+    values = history(found)
+    assert found.tracker.runs["small/0"].tags["sweeper.resumed"] == "attempt 2 after epoch 2"
+    assert asked == [(epoch, {e: values[e] for e in range(1, epoch + 1)}) for epoch in (1, 2, 3)]

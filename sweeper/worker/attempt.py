@@ -154,7 +154,8 @@ class Attempt:
         self.checkpoints = self._checkpoints(checkpoints.digest(training.config, self.by))
         if found := self._loaded(training, self.checkpoints):
             self._go_on(found)
-        self.reports = Reports(self.worker.reporter, self.study, self.claimed)
+        told = None if self._several else self._series
+        self.reports = Reports(self.worker.reporter, self.study, self.claimed, told=told)
 
     def end(self, training: Trial, outcome: Outcome) -> None:
         """Tell store and tracker how the trial ended; a completed one reads the test set."""
@@ -204,9 +205,8 @@ class Attempt:
         self.spent_s = found.seconds
         last = self.epochs[-1].measurement.epoch
         _log.info("trial %d goes on after epoch %d", self.claimed.number, last)
-        metric = self.study.spec.objective[0].metric
-        series = {e.measurement.epoch: e.measurement.metrics[metric] for e in self.epochs}
         if not self._several:
+            series = self._series
             self._patiently(
                 lambda: held.report_missing(self.worker.store, self.claimed, series),
                 "report earlier epochs",
@@ -214,6 +214,12 @@ class Attempt:
         for epoch in self.epochs:
             self.tracked.log(epoch)
         self.tracked.resumed(last)
+
+    @property
+    def _series(self) -> dict[int, float]:
+        """The first objective after every epoch so far."""
+        metric = self.study.spec.objective[0].metric
+        return {e.measurement.epoch: e.measurement.metrics[metric] for e in self.epochs}
 
     @property
     def _several(self) -> bool:

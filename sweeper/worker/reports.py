@@ -40,15 +40,22 @@ class _Report:
 class Reports:
     """The reports of one attempt. ``store`` has them in the order of the epochs.
 
-    ``due`` are those that the store lacks, ``told`` those that it has (epoch → value), ``error`` is
-    what ended them. The reporter's ``changed`` guards all of it.
+    ``due`` are those that the store lacks, ``told`` those that it has (epoch → value), from before
+    a checkpoint too, ``error`` is what ended them. The reporter's ``changed`` guards all of it.
     """
 
-    def __init__(self, reporter: Reporter, study: StoredStudy, claimed: queue.Claim) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        study: StoredStudy,
+        claimed: queue.Claim,
+        *,
+        told: Mapping[int, float] | None = None,
+    ) -> None:
         self.study = study
         self.claimed = claimed
         self.due: deque[_Report] = deque()
-        self.told: dict[int, float] = {}
+        self.told = dict(told or {})
         self.prune = False
         self.error: Exception | None = None
         self._reporter = reporter
