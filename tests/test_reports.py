@@ -331,6 +331,49 @@ def test_nobody_waits_again_for_a_store_that_hangs(
     assert caplog.text.count("training goes on") == 1
 
 
+def test_that_nobody_reports_any_more_is_no_answer_of_the_store(
+    file_url: str,
+    assemble: Assemble,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(reports, "pause_s", lambda _failures: 0.01)
+    company = assemble(file_url, 2, pruner=BELOW_HALF)
+    first, second = company.said
+    report_all = held.report_all
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+
+        def away(*_: object) -> set[int]:
+            raise StoreUnreachableError("gone")
+
+        patch.setattr(held, "report_all", away)
+        assert not first.tell(1, 0.25)
+        first.close()
+        time.sleep(0.5)  # the thread finds nothing to report
+        assert not second.tell(1, 0.25)
+        patch.setattr(held, "report_all", report_all)
+        assert second.settle(60)
+    assert second.verdict()
+    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("the store answers again, 1 reports were missing") == 1
+
+
+def test_a_thread_that_cannot_be_started_is_started_later(
+    file_url: str, assemble: Assemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    company = assemble(file_url, 1, pruner=BELOW_HALF)
+    (said,) = company.said
+    with monkeypatch.context() as patch:
+
+        def start(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="new thread"):
+            said.tell(1, 0.25)
+    assert said.verdict()
+
+
 @pytest.mark.postgres
 def test_who_leaves_while_the_store_is_away_leaves_the_others(
     postgres: Postgres, assemble: Assemble, caplog: pytest.LogCaptureFixture

@@ -161,8 +161,9 @@ class Reporter:
         """Let the thread take what is due. For who holds ``changed``."""
         self._sent = True
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="reports", daemon=True)
+            thread.start()
+            self._thread = thread
         self.changed.notify_all()
 
     def wait_for(self, settled: Callable[[], bool]) -> None:
@@ -185,8 +186,8 @@ class Reporter:
         """Wait for a batch and store it; whether there can be another. Nothing of the batch is left
         when this returns: whoever is over is not to be kept until somebody else reports."""
         batch = self._taken()
-        if batch is None:
-            return False
+        if not batch:  # an empty one, of attempts that are over, the store is not asked about
+            return batch is not None
         try:
             self._store(batch)
         except StoreRefusedError as error:
@@ -196,7 +197,7 @@ class Reporter:
             self._failures += 1
             self._hold_out(self._failures, error)
         else:
-            if self._failures and batch:
+            if self._failures:
                 missing = sum(map(len, batch.values()))
                 _log.info("the store answers again, %d reports were missing", missing)
             self._failures = 0
@@ -217,7 +218,7 @@ class Reporter:
     def _store(self, batch: _Batch) -> None:
         """Store a batch and decide. Where that fails half-way, who has an answer is not asked about
         again, and the others' reports are written once more."""
-        lost = self._written(batch) if batch else set()
+        lost = self._written(batch)
         for reports, due in batch.items():
             with self.changed:
                 if reports.error or reports not in self._reports:
