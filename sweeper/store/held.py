@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Final, Literal, cast
 
 import optuna
@@ -34,6 +35,8 @@ _PRUNER_SLACK_S: Final = 1.0
 _KEEP_RUNGS: Final = (optuna.pruners.SuccessiveHalvingPruner, optuna.pruners.HyperbandPruner)
 """Pruners that write what they decided into the trial and must read it back fresh."""
 _ERROR_CHARACTERS: Final = 8000
+_SENT_AT_ONCE: Final = 10_000
+"""So many values go to a proxy in one message, which must not be longer than 4 MiB."""
 
 
 def values_of(spec: StudySpec, study: optuna.Study, claimed: Claim) -> dict[str, Any]:
@@ -85,22 +88,27 @@ def report(store: Store, claimed: Claim, epoch: int, value: float) -> None:
 
 
 def report_all(store: Store, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
-    """Store the first objective's values of many trials (id → epoch → value), in one transaction.
+    """Store the first objective's values of many trials (id → epoch → value), in one transaction,
+    or very many behind a proxy in several.
 
     The ids of those that the store has given to another worker: they get nothing. What is there
     already is written again.
     """
-    if not store.remote:
+    remote = store.remote
+    if remote is None:
         with store.writing() as connection:
             return tables.write_reports(connection, reports)
+    rows = iter(
+        [
+            (trial_id, epoch, float(value))
+            for trial_id, series in reports.items()
+            for epoch, value in series.items()
+        ]
+    )
     lost: set[int] = set()
-    for trial_id, series in reports.items():
-        try:
-            with reaching(store.url), _owned():
-                for epoch, value in series.items():
-                    store.storage.set_trial_intermediate_value(trial_id, epoch, value)
-        except TrialLostError:
-            lost.add(trial_id)
+    with reaching(store.url):
+        while some := list(islice(rows, _SENT_AT_ONCE)):
+            lost.update(remote.call("report", rows=some))
     return lost
 
 
@@ -108,13 +116,9 @@ def report_missing(store: Store, claimed: Claim, series: Mapping[int, float]) ->
     """Store the values of earlier epochs (epoch → value) that the trial does not have yet."""
     with reaching(store.url), _owned():
         known = store.storage.get_trial(claimed.trial_id).intermediate_values
-        missing = {epoch: series[epoch] for epoch in sorted(series.keys() - known.keys())}
-        if not store.remote:
-            with store.writing() as connection:
-                tables.write_epochs(connection, claimed.trial_id, missing)
-            return
-        for epoch, value in missing.items():
-            store.storage.set_trial_intermediate_value(claimed.trial_id, epoch, value)
+    missing = {epoch: series[epoch] for epoch in sorted(series.keys() - known.keys())}
+    if report_all(store, {claimed.trial_id: missing}):
+        raise TrialLostError
 
 
 def prunes(study: optuna.Study) -> bool:
@@ -318,10 +322,10 @@ def beat(store: Store, claims: Iterable[Claim]) -> None:
     Of a trial that was deleted nothing is said, and nothing goes wrong.
     """
     ids = [claimed.trial_id for claimed in claims]
-    if not store.remote:
+    remote = store.remote
+    if remote is None:
         with store.writing() as connection:
             tables.write_beats(connection, ids)
         return
     with reaching(store.url):
-        for trial_id in ids:
-            store.storage.record_heartbeat(trial_id)
+        remote.call("beat", trial_ids=ids)

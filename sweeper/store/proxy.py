@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Self
@@ -34,9 +35,17 @@ def _claim(store: Store, study_id: int, worker: str) -> dict[str, Any] | None:
     return {**dataclasses.asdict(claimed), "failed": dict(claimed.failed)}
 
 
-def _beat(store: Store, trial_id: int) -> None:
+def _report(store: Store, rows: list[tuple[int, int, float]]) -> list[int]:
+    reports: dict[int, dict[int, float]] = defaultdict(dict)
+    for trial_id, epoch, value in rows:
+        reports[trial_id][epoch] = value
     with store.writing() as connection:
-        tables.write_beats(connection, [trial_id])
+        return sorted(tables.write_reports(connection, reports))
+
+
+def _beat(store: Store, trial_ids: list[int]) -> None:
+    with store.writing() as connection:
+        tables.write_beats(connection, trial_ids)
 
 
 def _tell(store: Store, **said: Any) -> None:
@@ -46,6 +55,7 @@ def _tell(store: Store, **said: Any) -> None:
 CALLS: Final[Mapping[str, Callable[..., Any]]] = {
     "hello": _hello,
     "claim": _claim,
+    "report": _report,
     "beat": _beat,
     "queued": overview.queued,
     "tell": _tell,

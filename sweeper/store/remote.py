@@ -1,10 +1,11 @@
 """A store behind a controller: Optuna's gRPC proxy, and beside it the calls that it lacks.
 
 For more workers than the database has connections. Optuna's proxy passes on what samplers and
-pruners need, but knows no heartbeat, and a claim through it would be five calls. So the controller
-offers a second service on the same port, ``CALLS`` in `sweeper.store.proxy`: the call's name and
-its arguments as JSON one way, the result as JSON back. A claim is one call, carried out where the
-database is, and is the same compare-and-set as everywhere.
+pruners need, but knows no heartbeat, and through it a claim would be five calls, and what a cohort
+says of an epoch as many as it has members. So the controller offers a second service on the same
+port, ``CALLS`` in `sweeper.store.proxy`: the call's name and its arguments as JSON one way, the
+result as JSON back. A claim is one call, carried out where the database is, and is the same
+compare-and-set as everywhere.
 
 The channel is neither encrypted nor authenticated.
 """
@@ -43,10 +44,6 @@ class RemoteStorage(GrpcStorageProxy):
         """What the controller answers to one of its own calls."""
         request = json.dumps({"call": what, "arguments": arguments}).encode()
         return json.loads(self._call(request))
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        """Say that the trial's worker is alive, by the database's clock."""
-        self.call("beat", trial_id=trial_id)
 
     @contextlib.contextmanager
     def recent(self, slack_s: float) -> Iterator[None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -118,6 +120,40 @@ def test_those_that_come_to_a_rung_together_see_each_other_there(
         held.report(remote, claimed, 1, value)
         pruned.append(held.should_prune(remote, far, claimed, 1, {1: value}))
     assert pruned == [False, True, True, True]
+
+
+@pytest.mark.parametrize("at_once", [2, 1000])
+def test_what_a_cohort_says_is_one_call(
+    store: Store, remote: Store, started: Start, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    from sweeper.store.remote import RemoteStorage
+
+    monkeypatch.setattr(held, "_SENT_AT_ONCE", at_once)
+    study = started(search={"trials": 4})
+    found = [queue.claim(remote, study.id, "far") for _ in range(4)]
+    claims = [claimed for claimed in found if claimed is not None]
+    lost = claims[1].trial_id
+    assert recovery._lose(store, lost)
+    silence(store)
+    calls: list[str] = []
+    call = RemoteStorage.call
+
+    def counted(storage: RemoteStorage, what: str, /, **arguments: Any) -> Any:
+        calls.append(what)
+        return call(storage, what, **arguments)
+
+    monkeypatch.setattr(RemoteStorage, "call", counted)
+    series = {1: 0.5, 2: math.inf, 3: math.nan}
+    reports = {claimed.trial_id: series for claimed in claims} | {-1: {1: 0.5}}
+    assert held.report_all(remote, reports) == {-1, lost}
+    held.beat(remote, claims)
+    assert calls == ["report"] * (7 if at_once == 2 else 1) + ["beat"]
+    assert recovery.reap(store, study.id, lost_after_s=60) == []
+    for claimed in claims:
+        stored = store.storage.get_trial(claimed.trial_id).intermediate_values
+        assert repr(stored) == repr({} if claimed.trial_id == lost else series)
+    with pytest.raises(ValueError, match="no number"):
+        held.report_all(remote, {claims[0].trial_id: {4: "no number"}})  # type: ignore[dict-item]
 
 
 def test_many_claim_at_once_and_no_trial_is_claimed_twice(
