@@ -177,6 +177,28 @@ def test_those_that_come_to_a_rung_together_see_each_other_there(
     assert [said.verdict() for said in company.said] == [False] + [True] * 7
 
 
+def test_a_decision_that_could_not_be_stored_is_made_again(url: str, assemble: Assemble) -> None:
+    company = assemble(url, 2, pruner={"name": "asha", "min_epochs": 1, "reduction": 2})
+    good, bad = company.said
+    failed: list[str] = []
+
+    def fail(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "sweeper.pruned_after" in str(parameters) and not failed:
+            failed.append(statement)
+            raise sqlalchemy.exc.OperationalError(statement, {}, Exception("gone"))
+
+    assert not good.tell(1, 0.9)
+    sqlalchemy.event.listen(company.store.backend.engine, "before_cursor_execute", fail)
+    assert not bad.tell(1, 0.1)  # the store is away
+    assert bad.settle(60)
+    assert bad.verdict()
+    assert failed
+    attributes = [
+        company.store.storage.get_trial(claimed.trial_id).system_attrs for claimed in company.claims
+    ]
+    assert [each["completed_rung_0"] for each in attributes] == [0.9, 0.1]
+
+
 def test_a_pruner_that_raises_ends_its_own_attempt(file_url: str, assemble: Assemble) -> None:
     company = assemble(file_url, 3, pruner=BELOW_HALF)
     should_prune = held.should_prune

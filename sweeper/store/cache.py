@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import sqlalchemy
 from optuna.distributions import BaseDistribution
@@ -16,9 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.store import tables
 from sweeper.store.tables import TRIALS
-
-_RUNG: Final = "completed_rung_"
-"""So Optuna's successive halving begins the names of what it compares trials by."""
 
 
 class RecentStorage(_CachedStorage):
@@ -76,12 +73,17 @@ class RecentStorage(_CachedStorage):
         with self._backend.engine.begin() as connection:
             tables.write_epochs(connection, trial_id, {step: intermediate_value})
 
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Store what a sampler or a pruner notes. Those that come to one rung at one moment, as a
-        cohort does, are to see each other there.
+    def set_rungs(
+        self, trial_id: int, rungs: Mapping[str, float], facts: Mapping[str, Any]
+    ) -> None:
+        """Store to what rungs a trial came, and facts (user attributes) beside, all or nothing.
+
+        Those that come to one rung at one moment, as a cohort does, are to see each other there.
+        Raises UpdateFinishedTrialError where the trial has ended, KeyError where there is none.
         """
-        super().set_trial_system_attr(trial_id, key, value)
-        if key.startswith(_RUNG):
+        with self._backend.engine.begin() as connection:
+            tables.write_rungs(connection, trial_id, rungs, facts)
+        if rungs:
             self._rung_at = time.monotonic()
 
     def _add_trials_to_cache(self, study_id: int, trials: list[FrozenTrial]) -> None:

@@ -141,10 +141,11 @@ def should_prune(
     keeps_rungs = isinstance(study.pruner, _KEEP_RUNGS)
     slack_s = 0.0 if keeps_rungs else _PRUNER_SLACK_S  # a cohort reaches its rungs at one moment
     with reaching(store.url), _unfinished(), store.storage.recent(slack_s):
-        known = None
+        known, rungs = None, {}
         if keeps_rungs:
             study = copy.copy(study)
-            study._storage = cast("Any", _AsBegun(study._storage))
+            begun = _AsBegun(study._storage)
+            study._storage, rungs = cast("Any", begun), begun.rungs
         else:
             trials = study.get_trials(deepcopy=False)
             known = trials[claimed.number] if claimed.number < len(trials) else None
@@ -160,17 +161,21 @@ def should_prune(
             if step <= epoch
         }
         pruned = bool(study.pruner.prune(study, frozen))
-        if pruned and keeps_rungs:  # its rung says passed from now on
-            store.storage.set_trial_user_attr(claimed.trial_id, attr.PRUNED_AFTER, epoch)
+        if keeps_rungs and (rungs or pruned):
+            # All or nothing: once its rungs are there, the trial passed them if nothing else is.
+            facts = {attr.PRUNED_AFTER: epoch} if pruned else {}
+            with _owned():
+                store.storage.set_rungs(claimed.trial_id, rungs, facts)
         return pruned
 
 
 class _AsBegun:
     """A storage in which a trial and those that it replaced are one, with the number of the first:
-    that of its Hyperband bracket."""
+    that of its Hyperband bracket. What a pruner writes into its trial is kept in ``rungs``."""
 
     def __init__(self, storage: optuna.storages.BaseStorage) -> None:
         self._storage = storage
+        self.rungs: dict[str, float] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -181,6 +186,9 @@ class _AsBegun:
         trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy)
         found = map(_as_begun, recovery.current(trials))
         return [trial for trial in found if states is None or trial.state in states]
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: float) -> None:
+        self.rungs[key] = value
 
 
 def _as_begun(trial: FrozenTrial) -> FrozenTrial:

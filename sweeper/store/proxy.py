@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Self
 
+from optuna.exceptions import UpdateFinishedTrialError
+
 from sweeper.errors import StoreUnreachableError, UsageError
 from sweeper.store import overview, queue, tables, workers
 from sweeper.store.cache import RecentStorage
@@ -43,6 +45,15 @@ def _report(store: Store, rows: list[tuple[int, int, float]]) -> list[int]:
         return sorted(tables.write_reports(connection, reports))
 
 
+def _rungs(store: Store, trial_id: int, rungs: dict[str, float], facts: dict[str, Any]) -> bool:
+    """Whether the trial is there and has not ended."""
+    try:
+        store.storage.set_rungs(trial_id, rungs, facts)
+    except (UpdateFinishedTrialError, KeyError):
+        return False
+    return True
+
+
 def _beat(store: Store, trial_ids: list[int]) -> None:
     with store.writing() as connection:
         tables.write_beats(connection, trial_ids)
@@ -56,6 +67,7 @@ CALLS: Final[Mapping[str, Callable[..., Any]]] = {
     "hello": _hello,
     "claim": _claim,
     "report": _report,
+    "rungs": _rungs,
     "beat": _beat,
     "queued": overview.queued,
     "tell": _tell,

@@ -226,6 +226,22 @@ def put_facts(connection: sqlalchemy.Connection, trial_id: int, facts: Mapping[s
     _upsert(connection, FACTS, rows, by=("trial_id", "key"))
 
 
+def write_rungs(
+    connection: sqlalchemy.Connection,
+    trial_id: int,
+    rungs: Mapping[str, float],
+    facts: Mapping[str, Any],
+) -> None:
+    """As :func:`write_facts`, and beside them what the pruner will compare the trial by."""
+    _hold(connection, trial_id)
+    rows = [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(reached)}
+        for key, reached in rungs.items()
+    ]
+    _upsert(connection, SYSTEM, rows, by=("trial_id", "key"))
+    put_facts(connection, trial_id, facts)
+
+
 def write_epochs(
     connection: sqlalchemy.Connection, trial_id: int, series: Mapping[int, float]
 ) -> None:

@@ -108,7 +108,7 @@ def test_heartbeats_keep_a_trial_and_their_absence_loses_it(
 
 
 def test_those_that_come_to_a_rung_together_see_each_other_there(
-    remote: Store, started: Start
+    store: Store, remote: Store, started: Start
 ) -> None:
     pruner = {"name": "asha", "min_epochs": 1, "reduction": 2}
     study = started(search={"trials": 4, "pruner": pruner})
@@ -120,6 +120,16 @@ def test_those_that_come_to_a_rung_together_see_each_other_there(
         held.report(remote, claimed, 1, value)
         pruned.append(held.should_prune(remote, far, claimed, 1, {1: value}))
     assert pruned == [False, True, True, True]
+    first, *_, last = claims
+    assert first is not None
+    assert last is not None
+    known = remote.storage.get_trial(last.trial_id)
+    assert known.system_attrs["completed_rung_0"] == 0.6
+    assert known.user_attrs["sweeper.pruned_after"] == 1
+    assert recovery._lose(store, first.trial_id)
+    with pytest.raises(TrialLostError):
+        held.should_prune(remote, far, first, 2, {1: 0.9, 2: 0.9})
+    assert "completed_rung_1" not in remote.storage.get_trial(first.trial_id).system_attrs
 
 
 @pytest.mark.parametrize("at_once", [2, 1000])
