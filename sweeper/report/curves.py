@@ -45,7 +45,7 @@ def curves(data: StudyData) -> list[Curve]:
     ranked = data.ranked
     done = {config.key for config in ranked}
     rest = [config for config in data.found if config.key not in done]
-    ordered = [*ranked, *rest]
+    ordered = [*ranked, *sorted(rest, key=lambda config: _came(data, config))]
     lines = [config for config in ordered if _has_history(data, config)][:_LINES_AT_MOST]
     one_factor = len(data.factors) == 1
     if len(lines) <= _ALL_COLOURED:
@@ -68,6 +68,20 @@ def curves(data: StudyData) -> list[Curve]:
         )
         for config in lines
     ]
+
+
+def _came(data: StudyData, config: Configuration) -> tuple[int, float]:
+    """How far those without a completed trial came: furthest first, of those the best first."""
+    objective = data.now.spec.objective[0]
+    sign = -1.0 if objective.maximize else 1.0
+    values = [
+        (epoch, sign * reached)
+        for row in config.rows
+        for epoch, reached in data.history(row, objective.metric).items()
+        if math.isfinite(reached)
+    ]
+    furthest = max((epoch for epoch, _ in values), default=0)
+    return -furthest, min((reached for _, reached in values), default=math.inf)
 
 
 def _has_history(data: StudyData, config: Configuration) -> bool:

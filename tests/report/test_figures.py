@@ -329,3 +329,30 @@ def test_optunas_own_logging_is_as_loud_afterwards_as_before(home: Home) -> None
     before = optuna.logging.get_verbosity()
     optuna_figures(home.data("sweep"))
     assert optuna.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_of_pruned_trials_those_that_came_furthest_are_among_the_best(direction: str) -> None:
+    """Twelve, of which one is complete: of four epochs come four, those of two by their value."""
+    sign = 1 if direction == "maximize" else -1
+    rows = [
+        row(
+            number,
+            params={"optimizer.lr": 0.1 + number, "train.batch_size": 10 + number},
+            accuracy=0.9 if number == 5 else None,
+            state="complete" if number == 5 else "pruned",
+            outcome="completed" if number == 5 else "pruned",
+            history=dict.fromkeys(range(1, 5 if number % 3 == 2 else 3), sign * number / 100),
+        )
+        for number in range(12)
+    ]
+    data = made(
+        *rows,
+        objective={"metric": "val_accuracy", "direction": direction},
+        parameters={
+            "optimizer.lr": {"low": 0.1, "high": 100.0},
+            "train.batch_size": {"low": 1, "high": 100},
+        },
+    )
+    shown = [line.label.split(",")[0] for line in curves(data) if line.highlighted]
+    assert shown == [f"lr {0.1 + number:.4g}" for number in (5, 11, 8, 2, 10, 9, 7, 6)]
