@@ -63,16 +63,6 @@ class RecentStorage(_CachedStorage):
             raise KeyError(f"no trial has the id {trial_id}")
         return found[0]
 
-    def set_trial_intermediate_value(
-        self, trial_id: int, step: int, intermediate_value: float
-    ) -> None:
-        """Store the value after an epoch in two statements: a worker says it after every one.
-
-        Raises UpdateFinishedTrialError where the trial has ended.
-        """
-        with self._backend.engine.begin() as connection:
-            tables.write_epochs(connection, trial_id, {step: intermediate_value})
-
     def set_rungs(
         self, trial_id: int, rungs: Mapping[str, float], facts: Mapping[str, Any]
     ) -> None:

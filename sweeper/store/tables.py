@@ -242,21 +242,11 @@ def write_rungs(
     put_facts(connection, trial_id, facts)
 
 
-def write_epochs(
-    connection: sqlalchemy.Connection, trial_id: int, series: Mapping[int, float]
-) -> None:
-    """Set a trial's intermediate values (epoch → value), new ones or in place of what was there.
-
-    Raises UpdateFinishedTrialError, as Optuna does, where the trial has ended.
-    """
-    _hold(connection, trial_id)
-    _upsert(connection, EPOCHS, list(_epoch_rows(trial_id, series)), by=("trial_id", "step"))
-
-
 def write_reports(
     connection: sqlalchemy.Connection, reports: Mapping[int, Mapping[int, float]]
 ) -> set[int]:
-    """As :func:`write_epochs` for many trials (id → epoch → value); which have ended or are gone.
+    """Set trials' intermediate values (id → epoch → value), new ones or in place of what was there;
+    which trials have ended or are gone.
 
     Those get nothing, the others all of it.
     """

@@ -120,7 +120,7 @@ class Engine:
         yield from self._all_batches()
         yield from settled(self._device)
         seconds = time.perf_counter() - started
-        loss, accuracy = step.totals.means(len(self.inputs))
+        ((loss, accuracy),) = step.totals.means(len(self.inputs))
         return Pass(loss=loss, accuracy=accuracy, seconds=seconds)
 
     def _all_batches(self) -> Steps[None]:

@@ -56,4 +56,5 @@ def evaluate(
             logits_BK = model(x_BCHW)
         totals.add(loss(logits_BK, labels_B), hits_of(logits_BK, labels_B), len(labels_B))
     yield from settled(device)
-    return totals.means(len(inputs))
+    (means,) = totals.means(len(inputs))
+    return means

@@ -21,11 +21,11 @@ Measure = Callable[[Mapping[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]
 
 
 class Totals:
-    """Loss and hits of many batches, summed on the device and read once."""
+    """Loss and hits of many batches, summed on the device and read once; of ``slots`` trials."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, slots: int = 1) -> None:
+        self._loss = torch.zeros(slots, dtype=torch.float64, device=device)
+        self._correct = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
         """Begin anew."""
@@ -38,10 +38,10 @@ class Totals:
         self._loss.add_(mean_loss, alpha=count)
         self._correct.add_(hits)
 
-    def means(self, count: int) -> tuple[float, float]:
-        """Mean loss and accuracy over ``count`` images. Waits for the device."""
-        loss, correct = torch.stack([self._loss, self._correct.double()]).tolist()
-        return loss / count, correct / count
+    def means(self, count: int) -> list[tuple[float, float]]:
+        """Every slot's mean loss and accuracy over ``count`` images. Waits for the device."""
+        sums = torch.stack([self._loss, self._correct.double()], dim=1).tolist()
+        return [(loss / count, correct / count) for loss, correct in sums]
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from sweeper.training.precision import precision_of
 from sweeper.training.rows.leaves import Leaves, lowered_parameters
 from sweeper.training.rows.numbers import Layout, Numbers, inputs_first
 from sweeper.training.rows.optimizer import RowOptimizer, fused_update
-from sweeper.training.step import hits_of
+from sweeper.training.step import Totals, hits_of
 from sweeper.training.turns import Steps, driven, settled
 
 _ATTENTION: Final = {
@@ -159,7 +159,7 @@ class CohortEngine:
             fused=fused_update(device, self.precision.dtype, self.precision.of_products),
         )
         loss = self._loss_of([seat.config for seat in seats])
-        totals = _Totals(slots, device)
+        totals = Totals(device, slots)
         order_KN = torch.zeros(slots, len(self.inputs), dtype=torch.int64, device=device)
         next_B = torch.zeros(self._config.train.batch_size, dtype=torch.int64, device=device)
         # Until here nothing is lost where memory does not suffice.
@@ -197,7 +197,7 @@ class CohortEngine:
         yield from self._all_batches()
         yield from settled(self._device)
         seconds = time.perf_counter() - started
-        return self._totals.passes(len(self.inputs), seconds)
+        return _passes(self._totals, len(self.inputs), seconds)
 
     def roll_back(self) -> None:
         """Put the numbers of all seats back to where the last epoch began."""
@@ -327,7 +327,7 @@ class CohortEngine:
     def _evaluated(self, numbers: Numbers, loss: CohortLoss, inputs: Inputs) -> Steps[list[Pass]]:
         self._template.eval()
         slots = len(numbers.weights)
-        totals = _Totals(slots, self._device)
+        totals = Totals(self._device, slots)
         batch = evaluation_batch(self._config.model, self._dataset.shape, self._device, slots=slots)
         forward = vmap(self._logits, in_dims=(0, 0, None))
         leaves = self._leaves_of(numbers)
@@ -340,9 +340,7 @@ class CohortEngine:
             hits_K = hits_of(logits_KBC, labels_B[None])
             totals.add(loss(logits_KBC, labels_B[None]), hits_K, len(labels_B))
         yield from settled(self._device)
-        passes = totals.passes(len(inputs))
-        seconds = time.perf_counter() - started
-        return [Pass(loss=p.loss, accuracy=p.accuracy, seconds=seconds) for p in passes]
+        return _passes(totals, len(inputs), time.perf_counter() - started)
 
     def _built_in(self) -> Built:
         noise, smooths = self._noise, self._loss.smooths
@@ -381,26 +379,6 @@ def _with_wide_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Totals:
-    """Loss and hits of every member, summed on the device and read once."""
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._loss_K = torch.zeros(slots, dtype=torch.float64, device=device)
-        self._correct_K = torch.zeros(slots, dtype=torch.int64, device=device)
-
-    def clear(self) -> None:
-        self._loss_K.zero_()
-        self._correct_K.zero_()
-
-    @torch.no_grad()
-    def add(self, mean_loss_K: Tensor, hits_K: Tensor, count: int) -> None:
-        self._loss_K.add_(mean_loss_K, alpha=count)
-        self._correct_K.add_(hits_K)
-
-    def passes(self, count: int, seconds: float = 0.0) -> list[Pass]:
-        """Mean loss and accuracy over ``count`` images. Waits for the device."""
-        both = torch.stack([self._loss_K, self._correct_K.double()]).tolist()
-        return [
-            Pass(loss=loss / count, accuracy=correct / count, seconds=seconds)
-            for loss, correct in zip(*both, strict=True)
-        ]
+def _passes(totals: Totals, count: int, seconds: float) -> list[Pass]:
+    means = totals.means(count)
+    return [Pass(loss=loss, accuracy=accuracy, seconds=seconds) for loss, accuracy in means]
