@@ -131,15 +131,19 @@ class Attempt:
         worker.keep(config, training.dataset)
         self.begin(training)
         try:
-            outcome = self._epochs(training)
-        except Interrupted:
-            if self.reports is not None and self.reports.lost:
-                raise TrialLostError from None
-            outcome = None
-        if outcome is None:
-            self.give_back()
-        else:
-            self.end(training, outcome)
+            try:
+                outcome = self._epochs(training)
+            except Interrupted:
+                if self.reports is not None and self.reports.lost:
+                    raise TrialLostError from None
+                outcome = None
+            if outcome is None:
+                self.give_back()
+            else:
+                self.end(training, outcome)
+        except StoreRefusedError:
+            self.save(training)  # the store's disk is full; this one may have room
+            raise
 
     def announce(self) -> None:
         """Tell the tracker of the trial, before anything can go wrong with it."""
@@ -236,12 +240,8 @@ class Attempt:
             for measurement in epochs:
                 self.worker.note_throughput(measurement.metrics.get("samples_per_s"))
                 self.record(measurement)
-                try:
-                    self.told(training)
-                    ended = self.measured(training)
-                except StoreRefusedError:
-                    self.save(training)  # the store's disk is full; this one may have room
-                    raise
+                self.told(training)
+                ended = self.measured(training)
                 if ended is not None:
                     return ended
                 if self.worker.signals.stopping:
