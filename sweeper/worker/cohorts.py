@@ -11,6 +11,7 @@ those that follow train, and later in any company that has the same structures i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -50,9 +51,10 @@ def fuses_by_itself(device: torch.device) -> bool:
 
 
 def measured_choice(
-    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device
+    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device, most: float
 ) -> Choice:
-    """The way and the number that are the fastest for this structure on this device."""
+    """The way and the number that are the fastest for this structure on this device, of at most so
+    many as this worker will have."""
     from sweeper.training.cohort import best_way
 
     return best_way(
@@ -61,12 +63,13 @@ def measured_choice(
         device=device,
         file=worker.settings.cohort_sizes,
         compiling=going_by(worker.settings, study.spec),
+        most=most,
         stop=lambda: worker.signals.stopping,
     )
 
 
 def known_choice(
-    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device
+    worker: Worker, study: StoredStudy, config: TrialConfig, device: torch.device, most: float
 ) -> Choice | None:
     """As :func:`measured_choice` where it was measured before, else None."""
     from sweeper.training.cohort import known_way
@@ -76,6 +79,7 @@ def known_choice(
         device=device,
         file=worker.settings.cohort_sizes,
         compiling=going_by(worker.settings, study.spec),
+        most=most,
     )
 
 
@@ -84,12 +88,14 @@ class Cohorts:
     """Which trials a worker trains together, and what it has learnt of their structures.
 
     ``limits``: how many fitted into memory, by the structures that were there; 1 after a crash.
+    ``_shares``: how many trials of a study were this worker's to train when it last looked.
     """
 
     worker: Worker
     work: Work
     limits: dict[frozenset[str], int] = field(default_factory=dict)
     _chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
+    _shares: dict[int, float] = field(default_factory=dict)
 
     def around(self, attempt: Attempt) -> Together | None:
         """Company for the trial, or None where it trains alone; the log says why.
@@ -106,8 +112,10 @@ class Cohorts:
             return None
         config = attempt.configured()
         reason = self.why_by_itself(attempt, config)
-        if reason is None and wanted == "auto" and self.work.share(attempt.study) == 1:
-            reason = "no other trial is known to come"
+        if reason is None and wanted == "auto":
+            share = self.work.share(attempt.study)
+            self._note_share(attempt.study, math.inf if share is None else share)
+            reason = "no other trial is known to come" if share == 1 else None
         if reason is None:
             choice = self.choice(attempt.study, config, measure=True)
             if max(choice.size, choice.beside) > 1:
@@ -142,11 +150,18 @@ class Cohorts:
             return Choice(way="cohort", size=wanted, beside=wanted)
         chosen = self._chosen.setdefault(study.id, {})
         kind, device = structure(config), best_device()
-        found = chosen.get(kind) or known_choice(self.worker, study, config, device)
+        most = self._shares.get(study.id, math.inf)
+        found = chosen.get(kind) or known_choice(self.worker, study, config, device, most)
         if found is None and chosen and not (measure and len(chosen) < _MEASURED_AT_MOST):
             return list(chosen.values())[-1]
-        chosen[kind] = found or measured_choice(self.worker, study, config, device)
+        chosen[kind] = found or measured_choice(self.worker, study, config, device, most)
         return chosen[kind]
+
+    def _note_share(self, study: StoredStudy, share: float) -> None:
+        """Of a study that has grown, what was found the fastest may be so no more."""
+        if share > self._shares.get(study.id, math.inf):
+            self._chosen.pop(study.id, None)
+        self._shares[study.id] = share
 
     def limit(self, kinds: Collection[str]) -> int | None:
         """How many may train at once in a company of these structures, None where nothing is known

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,57 @@ def test_it_is_measured_once_and_remembered(
     file.write_text(json.dumps({choice_module._key(wider, CPU): {"size": 4, "samples_per_s": {}}}))
     with pytest.raises(RuntimeError, match="measured again"):  # from before there were two ways
         sizing.best_way(wider, dataset=dataset, device=CPU, file=file)
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes", "up_to"),
+    [(2, [1, 4], 4), (4, [1, 4], 4), (5, [1, 4, 16], 16), (64, [1, 4, 16, 64], 64)]
+    + [(most, [1, 4, 16, 64, 256], None) for most in (65, 300, math.inf)],
+)
+def test_numbers_that_the_study_cannot_fill_are_not_tried(
+    most: float,
+    sizes: list[int],
+    up_to: int | None,
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[int]] = []
+
+    def measured(*_: Any, ways: list[Way], sizes: list[int], **__: Any) -> dict[Way, Any]:
+        asked.append(list(sizes))
+        return {way: {size: float(size) for size in sizes} for way in ways}
+
+    monkeypatch.setattr(sizing, "throughputs", measured)
+    monkeypatch.setattr(sizing, "lacking", lambda _: None)
+    monkeypatch.setattr(choice_module, "TRY_S", {"cpu": 0.0})
+    config = make_config({"name": "mlp", "width": 8}, compile="auto")
+    dataset, file = make_dataset(config), tmp_path / "cohorts.json"
+    how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code")
+
+    def best(most: float) -> Choice:
+        return sizing.best_way(
+            config, dataset=dataset, device=CPU, file=file, compiling=how, most=most
+        )
+
+    assert best(most).size == sizes[-1]
+    (kept,) = json.loads(file.read_text()).values()
+    assert kept["up_to"] == up_to
+    assert best(2).size == best(sizes[-1]).size == sizes[-1]
+    assert asked == [sizes, sizes]  # without and with compiling
+    assert best(256).size == 256  # a larger study measures again where that may change something
+    assert asked[2:] == ([] if up_to is None else [[1, 4, 16, 64, 256]] * 2)
+
+
+def test_numbers_that_were_turned_down_are_not_tried_again_for_a_larger_study() -> None:
+    slower: dict[Way, dict[int, float]] = {"cohort": {1: 1.0, 4: 2.0, 16: 1.0}}
+    measured = choice_module.Measured(rates=slower, images=100, up_to=64)
+    assert measured.suffices(64)
+    assert measured.suffices(1000)
+    further = replace(measured, compiled={1: 1.0, 4: 2.0, 16: 3.0, 64: 4.0})
+    assert further.suffices(64)
+    assert not further.suffices(65)
 
 
 def test_a_file_that_cannot_be_used_costs_a_measurement_only(

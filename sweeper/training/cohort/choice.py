@@ -7,6 +7,7 @@ first such study.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,12 +48,21 @@ class Measured:
     """What was measured for a structure on a device.
 
     ``rates``: by way; one at a time is one trial alone. ``compiled``: of compiled cohorts, None
-    where they were not tried. ``images`` of an epoch.
+    where they were not tried. ``images`` of an epoch. ``up_to``: the largest number that was to be
+    tried, as the study had no more trials; None where nothing but the device set a limit.
     """
 
     rates: Mapping[Way, Rates]
     images: int
     compiled: Rates | None = None
+    up_to: int | None = None
+
+    def suffices(self, most: float) -> bool:
+        """Whether it says what is the fastest for a study of so many trials."""
+        if self.up_to is None or most <= self.up_to:
+            return True
+        tried = (size for found in (*self.rates.values(), self.compiled or {}) for size in found)
+        return max(tried, default=0) < self.up_to  # more brought nothing, or did not fit
 
     def choice(self) -> Choice:
         """The fastest without compiling; a cohort where ways are equal."""
@@ -98,11 +108,17 @@ def chosen(rates: Rates) -> int:
 
 
 def known_way(
-    config: TrialConfig, *, device: torch.device, file: Path, compiling: Compiling | None = None
+    config: TrialConfig,
+    *,
+    device: torch.device,
+    file: Path,
+    compiling: Compiling | None = None,
+    most: float = math.inf,
 ) -> Choice | None:
-    """What the ``file`` remembers for the structure, or None where that does not suffice."""
+    """What the ``file`` remembers for the structure, or None where that does not suffice for a
+    study of ``most`` trials."""
     measured = recalled(config, device=device, file=file)
-    if measured is None:
+    if measured is None or not measured.suffices(most):
         return None
     if config.train.compile != "auto" or compiling is None:
         return measured.choice()
@@ -121,6 +137,7 @@ def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measur
             rates=rates,
             images=int(found["images"]),
             compiled=None if compiled is None else _rates(compiled),
+            up_to=None if found["up_to"] is None else int(found["up_to"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -137,6 +154,7 @@ def remember(config: TrialConfig, measured: Measured, *, device: torch.device, f
         "samples_per_s": measured.rates,
         "compiled": measured.compiled,
         "images": measured.images,
+        "up_to": measured.up_to,
     }
     remembered.keep(file, _key(config, device), entry)
 

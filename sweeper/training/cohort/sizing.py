@@ -12,6 +12,7 @@ import contextlib
 import copy
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -55,9 +56,11 @@ def best_way(
     device: torch.device,
     file: Path,
     compiling: Compiling | None = None,
+    most: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
 ) -> Choice:
-    """The way and the number with the most images a second in all.
+    """The way and the number with the most images a second in all, for a study of ``most`` trials:
+    numbers that it cannot fill are not tried.
 
     Remembered in ``file`` (JSON) by structure, device and torch's version. A file that cannot be
     read or written costs a measurement, never a trial. With ``train.compile: on`` cohorts are
@@ -65,19 +68,25 @@ def best_way(
     study that is long enough, cohorts are measured both ways. Where ``stop`` says so, nothing more
     is measured and nothing remembered: one alone it is then.
     """
-    known = known_way(config, device=device, file=file, compiling=compiling)
+    known = known_way(config, device=device, file=file, compiling=compiling, most=most)
     if known is not None:
         return known
-    measured = recalled(config, device=device, file=file) or Measured(
-        rates=_plain(config, dataset, device, compiling, stop), images=len(dataset.train)
-    )
+    measured = recalled(config, device=device, file=file)
+    if measured is None or not measured.suffices(most):
+        sizes = [size for index, size in enumerate(SIZES) if not index or SIZES[index - 1] < most]
+        measured = Measured(
+            rates=_plain(config, dataset, device, compiling, sizes, stop),
+            images=len(dataset.train),
+            up_to=None if len(sizes) == len(SIZES) else sizes[-1],
+        )
     choice = measured.choice()
     if (
         config.train.compile == "auto"
         and compiling is not None
         and measured.is_long(config, compiling, device)
     ):
-        compiled = _compiled(config, dataset, device, compiling, stop)
+        sizes = [size for size in SIZES if size <= (measured.up_to or SIZES[-1])]
+        compiled = _compiled(config, dataset, device, compiling, sizes, stop)
         measured = replace(measured, compiled=compiled)
         choice = measured.choice_compiled()
     if stop():
@@ -92,6 +101,7 @@ def _plain(
     dataset: Dataset,
     device: torch.device,
     compiling: Compiling | None,
+    sizes: Sequence[int],
     stop: Callable[[], bool],
 ) -> Mapping[Way, Rates]:
     """Every way, as the configuration has it."""
@@ -101,7 +111,13 @@ def _plain(
     else:
         config = _compiling(config, "off")
     rates = throughputs(
-        config, dataset=dataset, device=device, ways=ways, compiling=compiling, stop=stop
+        config,
+        dataset=dataset,
+        device=device,
+        ways=ways,
+        sizes=sizes,
+        compiling=compiling,
+        stop=stop,
     )
     for way, found in rates.items():
         _say(f"by {way}", found, device)
@@ -113,6 +129,7 @@ def _compiled(
     dataset: Dataset,
     device: torch.device,
     how: Compiling,
+    sizes: Sequence[int],
     stop: Callable[[], bool],
 ) -> Rates:
     """Compiled cohorts; nothing where that cannot be done."""
@@ -121,7 +138,13 @@ def _compiled(
     on = _compiling(config, "on")
     try:
         found = throughputs(
-            on, dataset=dataset, device=device, ways=["cohort"], compiling=how, stop=stop
+            on,
+            dataset=dataset,
+            device=device,
+            ways=["cohort"],
+            sizes=sizes,
+            compiling=how,
+            stop=stop,
         )
     except (UsageError, RuntimeError) as error:  # one alone cannot be
         _log.warning("cohorts of this structure are not compiled: %s", error)
