@@ -40,9 +40,15 @@ _LATER: Final = (
     "sweeper.report.publish",
     "sweeper.report.timeline",
     "sweeper.report.write",
+    "mlflow.pyfunc",
     "mlflow.pytorch",
+    "optuna.importance",
+    "plotly.io",
+    "torch._functorch.partitioners",
+    "torch.export",
 )
-"""What a report and its publication load when they get there: torch, plotly, MLflow's models."""
+"""What a report and its publication load when they get there: torch and its export, plotly, scikit-
+learn for Optuna's importances, MLflow's models."""
 
 _TEST_S: Final = 10.0
 """For what the best model gets wrong; `sweeper report` takes the time it needs."""

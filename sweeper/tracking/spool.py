@@ -32,6 +32,10 @@ from sweeper.tracking.shipping import PATIENCE, RunIdCallback, Shipper
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
+_REST: Final = 3.0
+"""The thread rests for so many times as long as it has sent: with 64 runs in training a sending is
+a second, a fifth of it Python's that training has to wait for."""
+_LONGEST_GATHER_S: Final = 10.0
 _RESTART_BYTES: Final = 16 << 20
 
 Address = str | Callable[[], str | None]
@@ -232,6 +236,7 @@ class _Sender(threading.Thread):
         self._deadline: float | None = None
         self._sync_due = False
         self._failures = 0
+        self._sending_s = 0.0
         self.problem = ""
         self._shipper: tuple[str, Shipper] | None = None
 
@@ -265,7 +270,8 @@ class _Sender(threading.Thread):
                 self._changed.wait_for(lambda: self._written > self._shipped or self._closing)
                 if self._closing and (self._written == self._shipped or self._too_late()):
                     return
-                self._changed.wait_for(lambda: self._hurried or self._closing, self._gather_s)
+                gather_s = max(self._gather_s, min(_LONGEST_GATHER_S, _REST * self._sending_s))
+                self._changed.wait_for(lambda: self._hurried or self._closing, gather_s)
             try:
                 self._work()
             except Exception as error:  # noqa: BLE001 - the thread lives as long as the process
@@ -285,7 +291,9 @@ class _Sender(threading.Thread):
         chunk = self._journal.read(self._offset)
         if chunk.end == self._offset:
             raise OSError(f"{self._journal.path} must hold what was written, but was cut short")
+        began = time.monotonic()
         files = self._connected().ship(chunk.records)
+        self._sending_s = time.monotonic() - began
         self._journal.set_offset(chunk.end)
         self._journal.drop(files)
         if self._failures:

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,10 +22,11 @@ import pytest
 
 from sweeper.errors import TrackerRefusedError
 from sweeper.settings import ATTEMPT_TAG, RUN_KEY_TAG, TRIAL_TAG, Owner
-from sweeper.tracking import RunStart, SpoolTracker, journal, replay, shipping
+from sweeper.tracking import RunStart, SpoolTracker, journal, replay, shipping, spool
 from sweeper.tracking import mlflow as server
 from sweeper.tracking.batch import Batch
 from sweeper.tracking.journal import left_behind
+from sweeper.tracking.records import Record
 
 pytestmark = pytest.mark.mlflow
 
@@ -558,6 +559,35 @@ def test_a_writer_that_was_away_doubles_nothing_that_its_successor_wrote(
         zombie.log(first.key, {"a": 2.5}, 2, NOW + 2)
         assert zombie.flush(60) == 0
     assert history(mlflow_server, first.experiment) == {first.key: [(1, 1.0), (2, 2.0)]}
+
+
+def test_after_a_long_sending_the_thread_rests_unless_somebody_waits(
+    mlflow_server: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is logged meanwhile costs no call of its own."""
+    monkeypatch.setattr(spool, "_REST", 1e6)
+    monkeypatch.setattr(spool, "_LONGEST_GATHER_S", 600.0)
+    sent: list[int] = []
+    ship = shipping.Shipper.ship
+
+    def counted(shipper: shipping.Shipper, records: Sequence[Record]) -> list[Path]:
+        sent.append(len(records))
+        return ship(shipper, records)
+
+    monkeypatch.setattr(shipping.Shipper, "ship", counted)
+    start = begin()
+    with SpoolTracker(tmp_path, mlflow_server, gather_s=0.01) as tracker:
+        tracker.start(start)
+        assert tracker.flush(60) == 0
+        for epoch in range(1, 11):
+            tracker.log(start.key, {"a": epoch / 10}, epoch, NOW + epoch)
+            time.sleep(0.05)
+        assert sent == [1]
+        assert tracker.flush(60) == 0
+        assert sent == [1, 10]
+        tracker.end(start.key, status="FINISHED", end_time_ms=NOW + 20)
+    assert sent == [1, 10, 1]
+    assert len(history(mlflow_server, start.experiment)[start.key]) == 10
 
 
 def test_the_address_may_change_and_may_be_unknown_at_first(
