@@ -46,6 +46,9 @@ _PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
 }
 """Where data sets lie under the data folder: a report downloads none."""
+_PROBED: Final = 16
+_GPU_SETUP_S: Final = 2.0
+"""About what the first use of a GPU takes a process."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,12 +164,13 @@ def _must_be_here(config: DataConfig, folder: Path) -> None:
 @torch.inference_mode()
 def predict(model: BestModel, *, limit_s: float, say: Say = silent) -> Predictions:
     """Predict the test set, for ``limit_s`` seconds at most (one batch at least)."""
-    device = best_device()
     dataset, test = model.dataset, model.dataset.test
-    network = nn.Sequential(dataset.standardize, model.network).to(device).eval()
+    network = nn.Sequential(dataset.standardize, model.network).eval()
+    until = time.monotonic() + limit_s
+    device = _fitting_device(network, test.images)
+    network.to(device)
     batch = min(512, evaluation_batch(model.weights.config.model, dataset.shape, device))
     order_N = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    until = time.monotonic() + limit_s
     confidence: list[Tensor] = []
     predicted: list[Tensor] = []
     done = 0
@@ -189,6 +193,20 @@ def predict(model: BestModel, *, limit_s: float, say: Say = silent) -> Predictio
         confidence_n=torch.cat(confidence).numpy(),
         total=len(test),
     )
+
+
+def _fitting_device(network: nn.Module, images: Tensor) -> torch.device:
+    """The GPU, if there is one and ``images`` take the CPU longer than a process needs to set up
+    what it has to have on a GPU; measured with the first of them."""
+    cpu = torch.device("cpu")
+    if not torch.cuda.is_available():
+        return cpu
+    few = images[:_PROBED]
+    network(few)
+    began = time.monotonic()
+    network(few)
+    seconds = (time.monotonic() - began) * len(images) / len(few)
+    return cpu if seconds < _GPU_SETUP_S else best_device()
 
 
 def why(error: SweeperError) -> str:
