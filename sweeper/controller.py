@@ -10,9 +10,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from sqlalchemy.engine import make_url
@@ -44,6 +44,7 @@ from sweeper.store import (
 from sweeper.store.enough import stop_if_enough
 from sweeper.store.glance import failed_rows
 from sweeper.study.diff import TRIALS, Change, changes
+from sweeper.study.point import still_open, typed_point
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _log = logging.getLogger(__name__)
@@ -114,6 +115,39 @@ def extend(store: Store, name: str, more: int) -> StoredStudy:
         study = studies.update(store, spec.model_copy(update={"search": search}))
         tickets.fill(store, study.id, study.spec, tickets.tickets(study.spec, with_reference=False))
     return study
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enqueued:
+    """A trial that a person asked for: its number, its values by path, and the paths that are the
+    sampler's to choose."""
+
+    number: int
+    values: Mapping[str, Any]
+    open: Sequence[str]
+
+
+def enqueue(store: Store, name: str, words: Sequence[str]) -> Enqueued:
+    """Add a trial with values of a person's choice (``path=value``) to a study that is there.
+
+    It is taken before those that the sampler is to choose. What its workers are asked for stays as
+    it is. Raises UsageError where the study can have no such trial, or has it.
+    """
+    with store.exclusively():
+        study = studies.load(store, name)
+        spec = study.spec
+        point = typed_point(spec, words)
+        left = still_open(spec, point)
+        sampler = spec.search.sampler
+        if left and isinstance(sampler, Grid | ReferenceOnly):
+            raise UsageError(
+                f"the sampler of {name!r} is {sampler.name!r}, which chooses nothing; give "
+                + ", ".join(left)
+            )
+        if not left and tickets.known(store, study.id, spec, point):
+            raise UsageError(f"the study {name!r} has a trial of these values already")
+        number = tickets.enqueue(store, study.id, spec, point)
+    return Enqueued(number=number, values=point, open=left)
 
 
 def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:

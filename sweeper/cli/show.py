@@ -17,7 +17,7 @@ from sweeper.settings import Settings, run_key
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sweeper.store import Store, StoredStudy
+    from sweeper.store import Control, Store, StoredStudy
 
 
 @contextlib.contextmanager
@@ -206,15 +206,56 @@ def extend(
 ) -> None:
     """Add N trials to a study's budget; its workers take them."""
     from sweeper.controller import extend as extended
-    from sweeper.store import Control, studies
+    from sweeper.store import studies
 
     with _opened(Settings.resolve(home=home, store=store)) as opened:
         found = extended(opened, study, more)
         control, why = studies.asked(opened, found.id)
     sys.stdout.write(f"{study}: a budget of {found.spec.search.trials} trials, {more} more\n")
-    if control is not Control.RUN:
-        what = plain(why) or f"sweeper resume {study}"
-        sys.stdout.write(f"{study} is asked to {control}: {what}\n")
+    sys.stdout.write(_if_asked(study, control, why))
+
+
+def enqueue(
+    study: StudyArgument,
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH=VALUE...", help="Values of its parameters, in YAML."),
+    ],
+    store: StoreOption = None,
+    home: HomeOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Add a trial with values of your choice, which is taken next; the sampler chooses the rest."""
+    from sweeper.cli.printing import print_json
+    from sweeper.controller import enqueue as enqueued
+    from sweeper.report.wording import value as worded
+    from sweeper.store import studies
+
+    with _opened(Settings.resolve(home=home, store=store)) as opened:
+        found = enqueued(opened, study, values)
+        control, why = studies.asked(opened, studies.load(opened, study).id)
+    if json_:
+        print_json(
+            {
+                "study": study,
+                "number": found.number,
+                "params": dict(found.values),
+                "open": list(found.open),
+                "control": str(control),
+            }
+        )
+        return
+    given = ", ".join(f"{path} = {worded(value)}" for path, value in found.values.items())
+    rest = f"; the sampler chooses {', '.join(found.open)}" if found.open else ""
+    sys.stdout.write(plain(f"{study}: trial {found.number} with {given}{rest}\n"))
+    sys.stdout.write(_if_asked(study, control, why))
+
+
+def _if_asked(study: str, control: Control, why: str) -> str:
+    """That nobody takes a trial of the study now, if that is so."""
+    if control == "run":
+        return ""
+    return f"{study} is asked to {control}: {plain(why) or f'sweeper resume {study}'}\n"
 
 
 def retry(study: StudyArgument, store: StoreOption = None, home: HomeOption = None) -> None:

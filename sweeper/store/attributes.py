@@ -23,6 +23,8 @@ ATTEMPT: Final = "sweeper.attempt"
 RETRY_OF: Final = "sweeper.retry_of"
 ORIGIN: Final = "sweeper.origin"
 FAILURES: Final = "sweeper.failures"
+GIVEN: Final = "fixed_params"
+"""Optuna's own system attribute: values that its samplers are not asked for."""
 
 # of a trial, written by the worker that has it
 WORKER: Final = "sweeper.worker"

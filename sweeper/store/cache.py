@@ -72,7 +72,7 @@ class RecentStorage(_CachedStorage):
         Raises UpdateFinishedTrialError where the trial has ended, KeyError where there is none.
         """
         with self._backend.engine.begin() as connection:
-            tables.write_rungs(connection, trial_id, rungs, facts)
+            tables.write_attributes(connection, trial_id, rungs, facts)
         if rungs:
             self._rung_at = time.monotonic()
 

@@ -184,8 +184,11 @@ def _take(
 
 
 def values(spec: StudySpec, trial: FrozenTrial) -> dict[str, Any]:
-    """The parameters of a trial as the study file writes them, in the order of the file."""
+    """The parameters of a trial as the study file writes them, in the order of the file.
+
+    Of one that waits those that are known: what the sampler is to decide is not."""
     known = {
+        **sampling.decoded(spec, trial.system_attrs.get(attr.GIVEN, {})),
         **sampling.decoded(spec, trial.params),
         **trial.user_attrs.get(attr.SET, {}),
     }

@@ -226,17 +226,17 @@ def put_facts(connection: sqlalchemy.Connection, trial_id: int, facts: Mapping[s
     _upsert(connection, FACTS, rows, by=("trial_id", "key"))
 
 
-def write_rungs(
+def write_attributes(
     connection: sqlalchemy.Connection,
     trial_id: int,
-    rungs: Mapping[str, float],
+    system: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    """As :func:`write_facts`, and beside them what the pruner will compare the trial by."""
+    """As :func:`write_facts`, and beside them what Optuna keeps for itself: system attributes."""
     _hold(connection, trial_id)
     rows = [
-        {"trial_id": trial_id, "key": key, "value_json": json.dumps(reached)}
-        for key, reached in rungs.items()
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(known)}
+        for key, known in system.items()
     ]
     _upsert(connection, SYSTEM, rows, by=("trial_id", "key"))
     put_facts(connection, trial_id, facts)

@@ -18,12 +18,13 @@ from sweeper.store import attributes as attr
 from sweeper.store import recovery, sampling, tables
 from sweeper.store.database import Store
 from sweeper.store.queue import values
-from sweeper.store.tables import TRIALS
+from sweeper.store.tables import FACTS, TRIALS
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _SAMPLER: Final = "sampler"
 _GRID: Final = "grid"
 _REFERENCE: Final = "reference"
+_ASKED: Final = "asked"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,60 @@ def tickets(spec: StudySpec, *, with_reference: bool) -> list[Ticket]:
             ]
     free = Ticket(key=_SAMPLER, values=None if spec.parameters else {})
     return result + [free] * (spec.search.trials or 1)
+
+
+def enqueue(store: Store, study_id: int, spec: StudySpec, point: Mapping[str, Any]) -> int:
+    """Give the study one more trial, with these values (path → value); its number.
+
+    The sampler chooses what ``point`` leaves open. Of trials that are all the sampler's, the oldest
+    that waits becomes this one, and the new one takes its place: this is the next to be taken.
+    Call it under :meth:`Store.exclusively`.
+    """
+    key = _key(_ASKED, point)
+    fixed = {attr.GIVEN: sampling.encoded(spec, point)}
+    with store.writing() as connection:
+        free = connection.execute(_free(study_id)).first()
+        if free is None:
+            asked = create_trial(
+                state=TrialState.WAITING,
+                user_attrs={attr.TICKET: key, attr.ATTEMPT: 1},
+                system_attrs=fixed,
+            )
+            (number,) = tables.insert(connection, study_id, [asked])
+            return number
+        tables.write_attributes(connection, free.trial_id, fixed, {attr.TICKET: key})
+        tables.insert(connection, study_id, [_waiting(spec, Ticket(key=_SAMPLER))])
+        return int(free.number)
+
+
+def _free(study_id: int) -> sqlalchemy.Select[Any]:
+    """The oldest waiting trial of which nothing is decided yet, held for this transaction."""
+    other = FACTS.alias()
+    decided = sqlalchemy.select(other.c.trial_id).where(
+        other.c.trial_id == TRIALS.c.trial_id, other.c.key == attr.DRAWN
+    )
+    return (
+        sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.number)
+        .join(FACTS, FACTS.c.trial_id == TRIALS.c.trial_id)
+        .where(
+            TRIALS.c.study_id == study_id,
+            TRIALS.c.state == TrialState.WAITING,
+            FACTS.c.key == attr.TICKET,
+            FACTS.c.value_json == json.dumps(_SAMPLER),
+            ~decided.exists(),
+        )
+        .order_by(TRIALS.c.trial_id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=TRIALS)
+    )
+
+
+def known(store: Store, study_id: int, spec: StudySpec, point: Mapping[str, Any]) -> bool:
+    """Whether a grid point, a published configuration or an enqueued trial comes to the same."""
+    wanted = _config(spec, point)
+    with store.reading() as connection:
+        keys = set(_known_keys(connection, study_id, spec)) - {_SAMPLER}
+    return wanted is not None and any(_config(spec, _point(key)) == wanted for key in keys)
 
 
 def _config(spec: StudySpec, values: Mapping[str, Any]) -> TrialConfig | None:

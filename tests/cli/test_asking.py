@@ -75,3 +75,46 @@ def test_what_cannot_be_added_changes_nothing(waiting: Sweeper, words: tuple[str
     said = waiting.run("extend", *words, code=2)
     assert "small" in said if words[0] == "smal" else "N" in said
     assert standing(waiting)["budget"] == 3
+
+
+def test_a_trial_of_a_persons_choice_is_the_next(waiting: Sweeper) -> None:
+    said = waiting.run("enqueue", "small", "optimizer.lr=2e-3")
+    assert said == "small: trial 0 with optimizer.lr = 0.002\n"
+    waiting.run("pause", "small")
+    assert "small is asked to pause" in waiting.run("enqueue", "small", "optimizer.lr=0.004")
+    found = waiting.json("enqueue", "small", "optimizer.lr=0.003")
+    assert found == {
+        "study": "small",
+        "number": 2,
+        "params": {"optimizer.lr": 0.003},
+        "open": [],
+        "control": "pause",
+    }
+    said = waiting.run("enqueue", "small", "optimizer.lr=0.002", code=2)
+    assert "has a trial of these values already" in said
+    assert "optimizer.lr must be a number" in waiting.run(
+        "enqueue", "small", "optimizer.lr=1", code=2
+    )
+    waiting.run("resume", "small")
+    waiting.run("worker", "small")
+    rows = waiting.json("trials", "small")
+    assert [row["state"] for row in rows] == ["complete"] * 6
+    assert [row["params"]["optimizer.lr"] for row in rows[:3]] == [0.002, 0.004, 0.003]
+    more = waiting.json("launch", waiting.folder / "study.yaml")
+    assert more["trials"]["complete"] == 6
+
+
+def test_a_grid_has_all_its_points_and_no_sampler_to_complete_one(sweeper: Sweeper) -> None:
+    parameters = {
+        "model.name": ["mlp"],
+        "optimizer.lr": [0.001, 0.01],
+        "model.width": [16, 32],
+    }
+    file = sweeper.write(search={"sampler": "grid"}, parameters=parameters)
+    sweeper.run("launch", file, "--detach")
+    said = sweeper.run("enqueue", "small", "optimizer.lr=0.01", code=2)
+    assert "'grid', which chooses nothing; give model.name, model.width" in said
+    words = ("optimizer.lr=0.01", "model.width=32", "model.name=mlp")
+    said = sweeper.run("enqueue", "small", *words, code=2)
+    assert "has a trial of these values already" in said
+    assert standing(sweeper)["budget"] == 4

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from sweeper.store import Store, StoredStudy, standing, tickets
+from sweeper.store import (
+    Store,
+    StoredStudy,
+    held,
+    open_store,
+    queue,
+    recovery,
+    standing,
+    tickets,
+)
 from sweeper.store import attributes as attr
 from sweeper.study.spec import StudySpec
 
@@ -107,3 +118,104 @@ def test_a_grid_runs_a_published_point_once_whenever_it_is_asked_for(
     spec = respelled(study, reference=outside)
     assert refilled(store, study, spec, with_reference=True) == 1
     assert refilled(store, study, spec, with_reference=False) == 0
+
+
+def drawn(store: Store, study: StoredStudy, claimed: queue.Claim | None) -> dict[str, Any]:
+    assert claimed is not None
+    return held.values_of(study.spec, study.study, claimed)
+
+
+TWO: dict[str, Any] = {
+    "optimizer.lr": {"low": 1.0e-4, "high": 0.1, "log": True},
+    "model.width": [16, 32, 64],
+}
+
+
+def test_an_enqueued_trial_is_one_more_and_the_next(store: Store, url: str, started: Start) -> None:
+    study = started(search={"trials": 3}, parameters=TWO)
+    first = queue.claim(store, study.id, "a")
+    drawn(store, study, first)
+    numbers = [
+        tickets.enqueue(store, study.id, study.spec, point)
+        for point in ({"model.width": 64}, {"optimizer.lr": 0.01, "model.width": 16})
+    ]
+    assert numbers == [1, 2]
+    assert standing(store, study).budget == 5
+    with contextlib.closing(open_store(url)) as another:  # who looks is another process
+        rows = standing(another, study).rows
+    assert [rows[number].params for number in (1, 2, 3)] == [
+        {"model.width": 64},
+        {"optimizer.lr": 0.01, "model.width": 16},
+        {},
+    ]
+    found = [drawn(store, study, queue.claim(store, study.id, "a")) for _ in range(4)]
+    assert found[0]["model.width"] == 64
+    assert 1.0e-4 <= found[0]["optimizer.lr"] <= 0.1
+    assert found[1] == {"optimizer.lr": 0.01, "model.width": 16}
+    assert queue.claim(store, study.id, "a") is None
+    assert refilled(store, study, study.spec, with_reference=False) == 0
+
+
+def test_a_trial_of_which_something_is_decided_stays_what_it_is(
+    store: Store, started: Start
+) -> None:
+    """One was begun and put back, and where nothing else waits the new one comes last."""
+    study = started(search={"trials": 1}, parameters=TWO)
+    begun = queue.claim(store, study.id, "a")
+    values = drawn(store, study, begun)
+    assert begun is not None
+    held.put_back(store, begun)
+    assert tickets.enqueue(store, study.id, study.spec, {"model.width": 64}) == 1
+    assert drawn(store, study, queue.claim(store, study.id, "a")) == values
+    assert drawn(store, study, queue.claim(store, study.id, "a"))["model.width"] == 64
+
+
+def test_an_enqueued_trial_that_is_lost_keeps_its_values(store: Store, started: Start) -> None:
+    """Its worker died before the sampler was asked."""
+    study = started(search={"trials": 1}, parameters=TWO)
+    tickets.enqueue(store, study.id, study.spec, {"model.width": 64})
+    lost = queue.claim(store, study.id, "dead")
+    assert recovery.lose_trials_of(store, study.id, "dead")
+    with store.exclusively():
+        recovery.reconcile(store, study.id, study.spec)
+    claims = [queue.claim(store, study.id, "a") for _ in range(2)]
+    again = next(each for each in claims if each and lost and each.origin == lost.number)
+    assert again.attempt == 2
+    assert drawn(store, study, again)["model.width"] == 64
+    assert standing(store, study).budget == 2
+
+
+def test_what_is_known_of_a_studys_trials_is_told(store: Store, started: Start) -> None:
+    study = started(search={"trials": 2}, parameters=TWO, reference=REFERENCE)
+    point = {"optimizer.lr": 0.02, "model.width": 32}
+    assert not tickets.known(store, study.id, study.spec, point)
+    tickets.enqueue(store, study.id, study.spec, point)
+    assert tickets.known(store, study.id, study.spec, dict(reversed(point.items())))
+    default = study.spec.trial_config({}).model.model_dump()["width"]
+    assert tickets.known(
+        store, study.id, study.spec, {"optimizer.lr": 0.01, "model.width": default}
+    )
+
+
+def test_many_at_once_lose_no_trial(store: Store, started: Start) -> None:
+    study = started(search={"trials": 8}, parameters=TWO)
+    points = [{"optimizer.lr": lr / 1000} for lr in range(1, 9)]
+    taken: list[queue.Claim | None] = []
+
+    def enqueue() -> None:
+        for point in points:
+            tickets.enqueue(store, study.id, study.spec, point)
+
+    def take() -> None:
+        taken.extend(queue.claim(store, study.id, "a") for _ in range(8))
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(enqueue), pool.submit(take)]:
+            done.result()
+    taken.extend(queue.claim(store, study.id, "a") for _ in range(9))
+    claims = [claimed for claimed in taken if claimed is not None]
+    assert sorted(claimed.number for claimed in claims) == list(range(16))
+    found = [drawn(store, study, claimed)["optimizer.lr"] for claimed in claims]
+    assert sorted(lr for lr in found if {"optimizer.lr": lr} in points) == [
+        point["optimizer.lr"] for point in points
+    ]
