@@ -1,10 +1,11 @@
 """The tracker that workers and controller use: a journal first, the server in the background.
 
 A call of :class:`SpoolTracker` appends one record to a local file (about 20 µs) and returns. A
-thread sends what is in the file, about once a second, waits ever longer while the server is out of
-reach (half a second to half a minute), and never gives up. What a process could not send before it
-died, :func:`replay` sends later. Nothing is counted as sent before the server has answered, and
-sending twice is harmless (see `sweeper.tracking.shipping`).
+thread sends what is in the file, about once a second, or for a quarter of the time where that takes
+long. It waits ever longer while the server is out of reach (half a second to half a minute), and
+never gives up. What a process could not send before it died, :func:`replay` sends later. Nothing is
+counted as sent before the server has answered, and sending twice is harmless (see
+`sweeper.tracking.shipping`).
 
 The file is synchronized to disk when a run ends, by the thread: training does not wait for a disk.
 """
