@@ -7,7 +7,9 @@ With a real spool and a real MLflow server (SQLite), everything that a worker sa
 3. an hour's worth of metrics while MLflow is down: 360 trials of 10 s and 30 epochs each. What they
    cost is CPU time: that of all the calls, and that of the thread which tries the server again and
    again, watched for a minute and taken for sixty. Then the server comes back, and what arrives is
-   counted in MLflow, every run and every point.
+   counted in MLflow, every run and every point;
+4. what small training steps lose beside the sending of a cohort of 64 that ends an epoch four times
+   a second, with the thread's rest after each sending and without.
 
 CPU time, because training and the sending thread share one interpreter: what one takes the other
 lacks. It also means the same on a busy machine.
@@ -24,14 +26,17 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from sweeper.measurement import EPOCH_METRICS
 from sweeper.provenance import cpu_name, versions
 from sweeper.settings import RUN_KEY_TAG, Settings, run_key
-from sweeper.tracking import LocalServer, RunStart, SpoolTracker
+from sweeper.tracking import LocalServer, RunStart, SpoolTracker, spool
 from sweeper.tracking.history import records
 
 HOUR_S = 3600.0
@@ -42,10 +47,9 @@ def metrics_of(epoch: int) -> dict[str, float]:
     return {name: epoch + place / 10 for place, name in enumerate(EPOCH_METRICS)}
 
 
-def say_trial(tracker: SpoolTracker, study: str, number: int, epochs: int) -> list[float]:
-    """All that a worker says of one trial; microseconds of thread CPU time of each `log`."""
-    key, spent = run_key(study, number), []
-    now_ms = time.time_ns() // 1_000_000
+def begin_trial(tracker: SpoolTracker, study: str, number: int) -> int:
+    """What a worker says of a trial that begins; milliseconds since the epoch."""
+    key, now_ms = run_key(study, number), time.time_ns() // 1_000_000
     tracker.start(
         RunStart(
             key=key,
@@ -56,6 +60,13 @@ def say_trial(tracker: SpoolTracker, study: str, number: int, epochs: int) -> li
             tags={RUN_KEY_TAG: key},
         )
     )
+    return now_ms
+
+
+def say_trial(tracker: SpoolTracker, study: str, number: int, epochs: int) -> list[float]:
+    """All that a worker says of one trial; microseconds of thread CPU time of each `log`."""
+    key, spent = run_key(study, number), []
+    now_ms = begin_trial(tracker, study, number)
     for epoch in range(1, epochs + 1):
         metrics = metrics_of(epoch)
         began = time.thread_time_ns()
@@ -149,15 +160,65 @@ def outage(
     )
 
 
+def steps_a_second(seconds: float, said: Callable[[int], object]) -> float:
+    """Steps of a small network on one thread; ``said`` is called four times a second."""
+    network = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    images, labels = torch.randn(128, 784), torch.randint(0, 10, (128,))
+    began, steps, epoch = time.perf_counter(), 0, 0
+    while (now := time.perf_counter() - began) < seconds:
+        if now > epoch * 0.25:
+            epoch += 1
+            said(epoch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        steps += 1
+    return steps / seconds
+
+
+def beside(settings: Settings, address: str, seconds: float, repetitions: int) -> None:
+    """Steps a second while 64 runs are sent, as a share of those while nothing is."""
+    torch.set_num_threads(1)
+    shares: dict[float, list[float]] = {spool._REST: [], 0.0: []}
+    with SpoolTracker(settings.spool, address, writer="beside") as tracker:
+        for number in range(64):
+            begin_trial(tracker, "beside", number)
+        tracker.flush(300)
+        steps_a_second(1.0, lambda _: None)
+        first = 0
+        for _ in range(repetitions):
+            for rest in shares:
+                spool._REST = rest  # type: ignore[misc]  # what is compared
+                alone = steps_a_second(seconds / 4, lambda _: None)
+
+                def said(epoch: int, first: int = first) -> None:
+                    for number in range(64):
+                        key, at = run_key("beside", number), first + epoch
+                        tracker.log(key, metrics_of(at), at, time.time_ns() // 1_000_000)
+
+                found = steps_a_second(seconds, said)
+                first += 1000
+                tracker.flush(300)
+                shares[rest].append(found / alone)
+    for rest, found in shares.items():
+        print(
+            f"steps beside 64 runs in training, rest {rest:g} times as long as the sending: "
+            f"{statistics.median(found):.1%} of those alone ({min(found):.1%} to {max(found):.1%})",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=360, help="an hour's, 10 s each")
     parser.add_argument("--epochs", type=int, default=30, help="of each trial")
     parser.add_argument("--watched", type=float, default=60.0, help="seconds of waiting watched")
+    parser.add_argument("--beside", type=float, default=20.0, help="seconds of steps at a time")
     parser.add_argument("--quick", action="store_true", help="a form that takes under a minute")
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.epochs, options.watched = 4, 5, 2.0
+        options.trials, options.epochs, options.watched, options.beside = 4, 5, 2.0, 2.0
     print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}; {versions()}")
     print(f"{datetime.now():%Y-%m-%d}, load average {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
@@ -166,6 +227,7 @@ def main() -> None:
             address = server.ensure()
             throughput(settings, address, max(2, options.trials // 10), options.epochs)
             outage(settings, server, address, options)
+            beside(settings, address, options.beside, 1 if options.quick else 3)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,4 @@ def test_what_was_measured_without_mlflow_arrives_when_it_is_back(tmp_path: Path
     said = said_by("bench_tracking.py", tmp_path)
     assert "an hour without MLflow: 180 points in 4 runs" in said
     assert "all 180 points of 4 runs are in MLflow" in said.partition("after the outage")[2]
+    assert said.count("% of those alone") == 2
