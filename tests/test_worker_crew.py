@@ -222,6 +222,7 @@ def test_auto_takes_trials_until_the_device_is_full(
     """Measured for the first structure of a company only; a device that is no CPU is pretended. One
     of width 12 is known to want the device for itself."""
     measured: list[int] = []
+    shares: list[float] = []
     leaders: list[int] = []
     run = Together.run
 
@@ -229,11 +230,16 @@ def test_auto_takes_trials_until_the_device_is_full(
         leaders.append(leader.configured().model.model_dump()["width"])
         return run(together, leader)
 
-    def choice(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice:
+    def choice(
+        worker: Any, study: Any, config: TrialConfig, device: torch.device, most: float
+    ) -> Choice:
         measured.append(config.model.model_dump()["width"])
+        shares.append(most)
         return Choice(way="streams", size=2, beside=2)
 
-    def known(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice | None:
+    def known(
+        worker: Any, study: Any, config: TrialConfig, device: torch.device, most: float
+    ) -> Choice | None:
         wide = config.model.model_dump()["width"] == 12
         return Choice(way="cohort", size=4, beside=1) if wide else None
 
@@ -245,6 +251,7 @@ def test_auto_takes_trials_until_the_device_is_full(
     found.worker.run()
     assert_same(found, alone(bench))
     assert measured == [width for width in leaders if width != 12]
+    assert shares[0] == found.now.budget
     assert measured[0] == 16
     assert max(sum(lanes) for lanes in at_once) == 2
     assert all("12" not in text for text in company(found).values())
@@ -271,7 +278,9 @@ def test_a_few_structures_of_a_study_are_measured_and_the_others_are_like_the_la
     widths = [4, 5, 6, 7, 8]
     measured: list[int] = []
 
-    def choice(worker: Any, study: Any, config: TrialConfig, device: torch.device) -> Choice:
+    def choice(
+        worker: Any, study: Any, config: TrialConfig, device: torch.device, most: float
+    ) -> Choice:
         measured.append(config.model.model_dump()["width"])
         return Choice(way="streams", size=measured[-1], beside=measured[-1])
 

@@ -206,12 +206,13 @@ def extend(
 ) -> None:
     """Add N trials to a study's budget; its workers take them."""
     from sweeper.controller import extend as extended
-    from sweeper.store import studies
+    from sweeper.store import progress, studies
 
     with _opened(Settings.resolve(home=home, store=store)) as opened:
         found = extended(opened, study, more)
+        budget = progress(opened, found).budget
         control, why = studies.asked(opened, found.id)
-    sys.stdout.write(f"{study}: a budget of {found.spec.search.trials} trials, {more} more\n")
+    sys.stdout.write(f"{study}: a budget of {budget} trials, {more} more\n")
     sys.stdout.write(_if_asked(study, control, why))
 
 
@@ -225,7 +226,7 @@ def enqueue(
     home: HomeOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Add a trial with values of your choice, which is taken next; the sampler chooses the rest."""
+    """Add a trial with values of your choice, taken before those that the sampler is to choose."""
     from sweeper.cli.printing import print_json
     from sweeper.controller import enqueue as enqueued
     from sweeper.report.wording import value as worded

@@ -18,7 +18,8 @@ from sweeper.store import attributes as attr
 from sweeper.store import recovery, sampling, tables
 from sweeper.store.database import Store
 from sweeper.store.queue import values
-from sweeper.store.tables import FACTS, TRIALS
+from sweeper.store.tables import FACTS, PARAMS, TRIALS
+from sweeper.study.point import still_open
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 _SAMPLER: Final = "sampler"
@@ -73,7 +74,7 @@ def enqueue(store: Store, study_id: int, spec: StudySpec, point: Mapping[str, An
     """Give the study one more trial, with these values (path → value); its number.
 
     The sampler chooses what ``point`` leaves open. Of trials that are all the sampler's, the oldest
-    that waits becomes this one, and the new one takes its place: this is the next to be taken.
+    that waits becomes this one, and the new one is the sampler's: so this is taken before those.
     Call it under :meth:`Store.exclusively`.
     """
     key = _key(_ASKED, point)
@@ -94,11 +95,14 @@ def enqueue(store: Store, study_id: int, spec: StudySpec, point: Mapping[str, An
 
 
 def _free(study_id: int) -> sqlalchemy.Select[Any]:
-    """The oldest waiting trial of which nothing is decided yet, held for this transaction."""
+    """The oldest waiting trial of which nothing is decided yet, held for this transaction.
+
+    Of one whose worker died within the drawing some parameters are."""
     other = FACTS.alias()
-    decided = sqlalchemy.select(other.c.trial_id).where(
+    drawn = sqlalchemy.select(other.c.trial_id).where(
         other.c.trial_id == TRIALS.c.trial_id, other.c.key == attr.DRAWN
     )
+    begun = sqlalchemy.select(PARAMS.c.trial_id).where(PARAMS.c.trial_id == TRIALS.c.trial_id)
     return (
         sqlalchemy.select(TRIALS.c.trial_id, TRIALS.c.number)
         .join(FACTS, FACTS.c.trial_id == TRIALS.c.trial_id)
@@ -107,7 +111,8 @@ def _free(study_id: int) -> sqlalchemy.Select[Any]:
             TRIALS.c.state == TrialState.WAITING,
             FACTS.c.key == attr.TICKET,
             FACTS.c.value_json == json.dumps(_SAMPLER),
-            ~decided.exists(),
+            ~drawn.exists(),
+            ~begun.exists(),
         )
         .order_by(TRIALS.c.trial_id)
         .limit(1)
@@ -116,11 +121,18 @@ def _free(study_id: int) -> sqlalchemy.Select[Any]:
 
 
 def known(store: Store, study_id: int, spec: StudySpec, point: Mapping[str, Any]) -> bool:
-    """Whether a grid point, a published configuration or an enqueued trial comes to the same."""
+    """Whether a grid point, a published configuration or an enqueued trial comes to the same.
+
+    What an enqueued one left to the sampler is not known: it is no such trial."""
     wanted = _config(spec, point)
     with store.reading() as connection:
         keys = set(_known_keys(connection, study_id, spec)) - {_SAMPLER}
-    return wanted is not None and any(_config(spec, _point(key)) == wanted for key in keys)
+    whole = (
+        _point(key)
+        for key in keys
+        if not (key.startswith(f"{_ASKED}/") and still_open(spec, _point(key)))
+    )
+    return wanted is not None and any(_config(spec, known) == wanted for known in whole)
 
 
 def _config(spec: StudySpec, values: Mapping[str, Any]) -> TrialConfig | None:

@@ -271,9 +271,8 @@ class _Sender(threading.Thread):
                 self._changed.wait_for(lambda: self._written > self._shipped or self._closing)
                 if self._closing and (self._written == self._shipped or self._too_late()):
                     return
-                gather_s = max(self._gather_s, min(_LONGEST_GATHER_S, _REST * self._sending_s))
-                self._changed.wait_for(lambda: self._hurried or self._closing, gather_s)
             try:
+                self._gather()
                 self._work()
             except Exception as error:  # noqa: BLE001 - the thread lives as long as the process
                 self._after_failure(error)
@@ -285,10 +284,24 @@ class _Sender(threading.Thread):
     def _too_late(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
+    def _gather(self) -> None:
+        """Rest while records come, unless somebody waits. What says that a run ended is on the disk
+        a second later: training waits for no disk, and MLflow may be far behind."""
+        until = time.monotonic() + max(
+            self._gather_s, min(_LONGEST_GATHER_S, _REST * self._sending_s)
+        )
+        over = False
+        while not over:
+            with self._changed:
+                left_s = min(self._gather_s, until - time.monotonic())
+                self._changed.wait_for(lambda: self._hurried or self._closing, left_s)
+                over = self._hurried > 0 or self._closing
+                due, self._sync_due = self._sync_due, False
+            if due:
+                self._journal.sync()
+            over = over or time.monotonic() >= until
+
     def _work(self) -> None:
-        if self._sync_due:
-            self._sync_due = False
-            self._journal.sync()
         chunk = self._journal.read(self._offset)
         if chunk.end == self._offset:
             raise OSError(f"{self._journal.path} must hold what was written, but was cut short")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import optuna
 import pytest
 
 from sweeper.store import (
@@ -170,6 +171,27 @@ def test_a_trial_of_which_something_is_decided_stays_what_it_is(
     assert drawn(store, study, queue.claim(store, study.id, "a"))["model.width"] == 64
 
 
+def test_a_trial_whose_worker_died_while_it_was_drawn_keeps_what_was_drawn(
+    store: Store, started: Start
+) -> None:
+    """Optuna would take what is stored before what a person gives."""
+    study = started(search={"trials": 1, "sampler": "random"}, parameters=TWO)
+    half = queue.claim(store, study.id, "dead")
+    assert half is not None
+    study.study.get_trials()  # for the cache, as the worker does
+    optuna.Trial(study.study, half.trial_id).suggest_float("optimizer.lr", 1.0e-4, 0.1, log=True)
+    assert recovery.lose_trials_of(store, study.id, "dead")
+    with store.exclusively():
+        recovery.reconcile(store, study.id, study.spec)
+    point = {"optimizer.lr": 0.05, "model.width": 64}
+    number = tickets.enqueue(store, study.id, study.spec, point)
+    claims = [queue.claim(store, study.id, "a") for _ in range(2)]
+    found = {each.number: drawn(store, study, each) for each in claims if each}
+    assert found.pop(number) == point
+    (other,) = found.values()
+    assert other["optimizer.lr"] != 0.05
+
+
 def test_an_enqueued_trial_that_is_lost_keeps_its_values(store: Store, started: Start) -> None:
     """Its worker died before the sampler was asked."""
     study = started(search={"trials": 1}, parameters=TWO)
@@ -191,6 +213,11 @@ def test_what_is_known_of_a_studys_trials_is_told(store: Store, started: Start) 
     assert not tickets.known(store, study.id, study.spec, point)
     tickets.enqueue(store, study.id, study.spec, point)
     assert tickets.known(store, study.id, study.spec, dict(reversed(point.items())))
+    tickets.enqueue(store, study.id, study.spec, {"optimizer.lr": 0.03})
+    base = study.spec.trial_config({}).model.model_dump()["width"]
+    assert not tickets.known(
+        store, study.id, study.spec, {"optimizer.lr": 0.03, "model.width": base}
+    )
     default = study.spec.trial_config({}).model.model_dump()["width"]
     assert tickets.known(
         store, study.id, study.spec, {"optimizer.lr": 0.01, "model.width": default}

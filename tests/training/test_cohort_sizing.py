@@ -135,6 +135,8 @@ def test_numbers_that_the_study_cannot_fill_are_not_tried(
     assert asked == [sizes, sizes]  # without and with compiling
     assert best(256).size == 256  # a larger study measures again where that may change something
     assert asked[2:] == ([] if up_to is None else [[1, 4, 16, 64, 256]] * 2)
+    (kept,) = json.loads(file.read_text()).values()
+    assert (kept["up_to"], kept["compiled_up_to"]) == (None, None)
 
 
 def test_numbers_that_were_turned_down_are_not_tried_again_for_a_larger_study() -> None:
@@ -142,9 +144,46 @@ def test_numbers_that_were_turned_down_are_not_tried_again_for_a_larger_study() 
     measured = choice_module.Measured(rates=slower, images=100, up_to=64)
     assert measured.suffices(64)
     assert measured.suffices(1000)
-    further = replace(measured, compiled={1: 1.0, 4: 2.0, 16: 3.0, 64: 4.0})
-    assert further.suffices(64)
-    assert not further.suffices(65)
+    assert not measured.compiled_suffices(1)
+    further = replace(measured, compiled={1: 1.0, 4: 2.0, 16: 3.0}, compiled_up_to=16)
+    assert further.suffices(1000)
+    assert further.compiled_suffices(16)
+    assert not further.compiled_suffices(17)
+
+
+def test_compiled_cohorts_are_measured_for_the_study_that_asks(
+    make_config: MakeConfig,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without compiling four at once are the fastest, as a small study found out."""
+    asked: list[tuple[str, list[int]]] = []
+
+    def measured(config: TrialConfig, *, ways: list[Way], sizes: list[int], **_: Any) -> Any:
+        asked.append((config.train.compile, list(sizes)))
+        if config.train.compile == "on":
+            return {way: {size: 10.0 * size for size in sizes} for way in ways}
+        return {way: {1: 1.0, 4: 2.0} for way in ways}
+
+    monkeypatch.setattr(sizing, "throughputs", measured)
+    monkeypatch.setattr(sizing, "lacking", lambda _: None)
+    config = make_config({"name": "mlp", "width": 8}, epochs=3, compile="auto")
+    dataset, file = make_dataset(config, train=100), tmp_path / "cohorts.json"
+
+    def best(trials: int) -> Choice:
+        """As in a study of so many trials, which are a second each: 2,400 s of them are long."""
+        how = Compiling(measured=tmp_path / "gains", code=tmp_path / "code", together=trials)
+        return sizing.best_way(
+            config, dataset=dataset, device=CPU, file=file, compiling=how, most=trials
+        )
+
+    assert best(7).size == 4
+    assert asked == [("off", [1, 4, 16])]
+    assert best(1000).size == 256
+    assert asked[1:] == [("on", [1, 4, 16, 64, 256])]
+    assert [best(1000).size, best(10).size, best(7).size] == [256, 256, 4]
+    assert len(asked) == 2
 
 
 def test_a_file_that_cannot_be_used_costs_a_measurement_only(

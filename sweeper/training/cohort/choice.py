@@ -8,7 +8,7 @@ first such study.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -48,21 +48,24 @@ class Measured:
     """What was measured for a structure on a device.
 
     ``rates``: by way; one at a time is one trial alone. ``compiled``: of compiled cohorts, None
-    where they were not tried. ``images`` of an epoch. ``up_to``: the largest number that was to be
-    tried, as the study had no more trials; None where nothing but the device set a limit.
+    where they were not tried. ``images`` of an epoch. ``up_to`` and ``compiled_up_to``: the largest
+    number that was to be tried of either, as the study had no more trials; None where nothing but
+    the device set a limit.
     """
 
     rates: Mapping[Way, Rates]
     images: int
     compiled: Rates | None = None
     up_to: int | None = None
+    compiled_up_to: int | None = None
 
     def suffices(self, most: float) -> bool:
-        """Whether it says what is the fastest for a study of so many trials."""
-        if self.up_to is None or most <= self.up_to:
-            return True
-        tried = (size for found in (*self.rates.values(), self.compiled or {}) for size in found)
-        return max(tried, default=0) < self.up_to  # more brought nothing, or did not fit
+        """Whether ``rates`` say what is the fastest for a study of so many trials."""
+        return _suffice(self.rates.values(), self.up_to, most)
+
+    def compiled_suffices(self, most: float) -> bool:
+        """The same of ``compiled``."""
+        return self.compiled is not None and _suffice([self.compiled], self.compiled_up_to, most)
 
     def choice(self) -> Choice:
         """The fastest without compiling; a cohort where ways are equal."""
@@ -86,6 +89,13 @@ class Measured:
             return False
         seconds = self.images * config.train.epochs * how.together / alone
         return seconds >= _COMPILATIONS * TRY_S[device.type]
+
+
+def _suffice(found: Iterable[Rates], up_to: int | None, most: float) -> bool:
+    """Whether no larger number would be tried, or would have been: more brought nothing, or did not
+    fit."""
+    tried = max((size for rates in found for size in rates), default=0)
+    return up_to is None or most <= up_to or tried < up_to
 
 
 def chosen_way(rates: Mapping[Way, Rates]) -> Choice:
@@ -124,7 +134,7 @@ def known_way(
         return measured.choice()
     if not measured.is_long(config, compiling, device):
         return measured.choice()
-    return None if measured.compiled is None else measured.choice_compiled()
+    return measured.choice_compiled() if measured.compiled_suffices(most) else None
 
 
 def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measured | None:
@@ -137,7 +147,8 @@ def recalled(config: TrialConfig, *, device: torch.device, file: Path) -> Measur
             rates=rates,
             images=int(found["images"]),
             compiled=None if compiled is None else _rates(compiled),
-            up_to=None if found["up_to"] is None else int(found["up_to"]),
+            up_to=_limit(found["up_to"]),
+            compiled_up_to=_limit(found["compiled_up_to"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
@@ -155,6 +166,7 @@ def remember(config: TrialConfig, measured: Measured, *, device: torch.device, f
         "compiled": measured.compiled,
         "images": measured.images,
         "up_to": measured.up_to,
+        "compiled_up_to": measured.compiled_up_to,
     }
     remembered.keep(file, _key(config, device), entry)
 
@@ -166,6 +178,10 @@ def device_name(device: torch.device) -> str:
 
 def _key(config: TrialConfig, device: torch.device) -> str:
     return f"{structure(config)} {device_name(device)} torch {torch.__version__} {remembered.STEP}"
+
+
+def _limit(found: Any) -> int | None:
+    return None if found is None else int(found)
 
 
 def _rates(found: Mapping[str, Any]) -> dict[int, float]:

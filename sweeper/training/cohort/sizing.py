@@ -71,13 +71,13 @@ def best_way(
     known = known_way(config, device=device, file=file, compiling=compiling, most=most)
     if known is not None:
         return known
+    sizes = [size for index, size in enumerate(SIZES) if not index or SIZES[index - 1] < most]
+    up_to = None if len(sizes) == len(SIZES) else sizes[-1]
     measured = recalled(config, device=device, file=file)
     if measured is None or not measured.suffices(most):
-        sizes = [size for index, size in enumerate(SIZES) if not index or SIZES[index - 1] < most]
-        measured = Measured(
-            rates=_plain(config, dataset, device, compiling, sizes, stop),
-            images=len(dataset.train),
-            up_to=None if len(sizes) == len(SIZES) else sizes[-1],
+        rates = _plain(config, dataset, device, compiling, sizes, stop)
+        measured = replace(
+            measured or Measured(rates=rates, images=len(dataset.train)), rates=rates, up_to=up_to
         )
     choice = measured.choice()
     if (
@@ -85,9 +85,9 @@ def best_way(
         and compiling is not None
         and measured.is_long(config, compiling, device)
     ):
-        sizes = [size for size in SIZES if size <= (measured.up_to or SIZES[-1])]
-        compiled = _compiled(config, dataset, device, compiling, sizes, stop)
-        measured = replace(measured, compiled=compiled)
+        if not measured.compiled_suffices(most):
+            compiled = _compiled(config, dataset, device, compiling, sizes, stop)
+            measured = replace(measured, compiled=compiled, compiled_up_to=up_to)
         choice = measured.choice_compiled()
     if stop():
         return Choice(way="alone", size=1, beside=1)
