@@ -574,7 +574,15 @@ def test_after_a_long_sending_the_thread_rests_unless_somebody_waits(
         sent.append(len(records))
         return ship(shipper, records)
 
+    synced = threading.Event()
+    sync = journal.Journal.sync
+
+    def kept(written: journal.Journal) -> None:
+        sync(written)
+        synced.set()
+
     monkeypatch.setattr(shipping.Shipper, "ship", counted)
+    monkeypatch.setattr(journal.Journal, "sync", kept)
     start = begin()
     with SpoolTracker(tmp_path, mlflow_server, gather_s=0.01) as tracker:
         tracker.start(start)
@@ -585,7 +593,10 @@ def test_after_a_long_sending_the_thread_rests_unless_somebody_waits(
         assert sent == [1]
         assert tracker.flush(60) == 0
         assert sent == [1, 10]
+        assert not synced.is_set()
         tracker.end(start.key, status="FINISHED", end_time_ms=NOW + 20)
+        assert synced.wait(60), "the end of a run must be on the disk though nothing is sent"
+        assert sent == [1, 10]
     assert sent == [1, 10, 1]
     assert len(history(mlflow_server, start.experiment)[start.key]) == 10
 
