@@ -180,6 +180,7 @@ def steps_a_second(seconds: float, said: Callable[[int], object]) -> float:
 def beside(settings: Settings, address: str, seconds: float, repetitions: int) -> None:
     """Steps a second while 64 runs are sent, as a share of those while nothing is."""
     torch.set_num_threads(1)
+    spool._REST_SHARE = 1.0  # type: ignore[misc]  # as in a worker that has been at it for long
     shares: dict[float, list[float]] = {spool._REST: [], 0.0: []}
     with SpoolTracker(settings.spool, address, writer="beside") as tracker:
         for number in range(64):

@@ -34,9 +34,11 @@ _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S: Final = 0.5
 _LONGEST_PAUSE_S: Final = 30.0
 _REST: Final = 3.0
-"""The thread rests for so many times as long as it has sent: with 64 runs in training a sending is
-a second, a fifth of it Python's that training has to wait for."""
-_LONGEST_GATHER_S: Final = 10.0
+"""The thread rests for so many times as long as it has sent: a call with five epochs of a run costs
+little more than one with a single epoch, and while it sends Python is not training."""
+_REST_SHARE: Final = 0.05
+"""But for no more of its time so far: what gathers meanwhile has to be sent when all is over."""
+_LONGEST_REST_S: Final = 10.0
 _RESTART_BYTES: Final = 16 << 20
 
 Address = str | Callable[[], str | None]
@@ -238,6 +240,7 @@ class _Sender(threading.Thread):
         self._sync_due = False
         self._failures = 0
         self._sending_s = 0.0
+        self._began = time.monotonic()
         self.problem = ""
         self._shipper: tuple[str, Shipper] | None = None
 
@@ -287,9 +290,9 @@ class _Sender(threading.Thread):
     def _gather(self) -> None:
         """Rest while records come, unless somebody waits. What says that a run ended is on the disk
         a second later: training waits for no disk, and MLflow may be far behind."""
-        until = time.monotonic() + max(
-            self._gather_s, min(_LONGEST_GATHER_S, _REST * self._sending_s)
-        )
+        now = time.monotonic()
+        rest_s = min(_REST * self._sending_s, _REST_SHARE * (now - self._began), _LONGEST_REST_S)
+        until = now + max(self._gather_s, rest_s)
         over = False
         while not over:
             with self._changed:

@@ -566,7 +566,8 @@ def test_after_a_long_sending_the_thread_rests_unless_somebody_waits(
 ) -> None:
     """What is logged meanwhile costs no call of its own."""
     monkeypatch.setattr(spool, "_REST", 1e6)
-    monkeypatch.setattr(spool, "_LONGEST_GATHER_S", 600.0)
+    monkeypatch.setattr(spool, "_REST_SHARE", 1e6)
+    monkeypatch.setattr(spool, "_LONGEST_REST_S", 600.0)
     sent: list[int] = []
     ship = shipping.Shipper.ship
 
