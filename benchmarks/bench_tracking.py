@@ -177,13 +177,15 @@ def steps_a_second(seconds: float, said: Callable[[int], object]) -> float:
     return steps / seconds
 
 
-def beside(settings: Settings, address: str, seconds: float, repetitions: int) -> None:
-    """Steps a second while 64 runs are sent, as a share of those while nothing is."""
+def beside(
+    settings: Settings, address: str, *, runs: int, seconds: float, repetitions: int
+) -> None:
+    """Steps a second while ``runs`` are sent, as a share of those while nothing is."""
     torch.set_num_threads(1)
     spool._REST_SHARE = 1.0  # type: ignore[misc]  # as in a worker that has been at it for long
     shares: dict[float, list[float]] = {spool._REST: [], 0.0: []}
     with SpoolTracker(settings.spool, address, writer="beside") as tracker:
-        for number in range(64):
+        for number in range(runs):
             begin_trial(tracker, "beside", number)
         tracker.flush(300)
         steps_a_second(1.0, lambda _: None)
@@ -194,7 +196,7 @@ def beside(settings: Settings, address: str, seconds: float, repetitions: int) -
                 alone = steps_a_second(seconds / 4, lambda _: None)
 
                 def said(epoch: int, first: int = first) -> None:
-                    for number in range(64):
+                    for number in range(runs):
                         key, at = run_key("beside", number), first + epoch
                         tracker.log(key, metrics_of(at), at, time.time_ns() // 1_000_000)
 
@@ -204,7 +206,7 @@ def beside(settings: Settings, address: str, seconds: float, repetitions: int) -
                 shares[rest].append(found / alone)
     for rest, found in shares.items():
         print(
-            f"steps beside 64 runs in training, rest {rest:g} times as long as the sending: "
+            f"steps beside {runs} runs in training, rest {rest:g} times as long as the sending: "
             f"{statistics.median(found):.1%} of those alone ({min(found):.1%} to {max(found):.1%})",
             flush=True,
         )
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a form that takes under a minute")
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.epochs, options.watched, options.beside = 4, 5, 2.0, 2.0
+        options.trials, options.epochs, options.watched, options.beside = 4, 5, 2.0, 1.0
     print(f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}; {versions()}")
     print(f"{datetime.now():%Y-%m-%d}, load average {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +230,8 @@ def main() -> None:
             address = server.ensure()
             throughput(settings, address, max(2, options.trials // 10), options.epochs)
             outage(settings, server, address, options)
-            beside(settings, address, options.beside, 1 if options.quick else 3)
+            few, once = (8, 1) if options.quick else (64, 3)
+            beside(settings, address, runs=few, seconds=options.beside, repetitions=once)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,9 @@ class SpoolTracker:
         return self._sender.problem
 
     def close(self, timeout_s: float = 10.0) -> int:
-        """Flush, and end the thread; how many records are left for :func:`replay`."""
+        """Flush, and end the thread; how many records are left for :func:`replay`.
+
+        Takes ``timeout_s`` at most, and no time where the address is not known."""
         left = self._sender.close(timeout_s)
         if left == 0 and not self._sender.is_alive():
             self._journal.remove()
@@ -272,7 +274,7 @@ class _Sender(threading.Thread):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._written > self._shipped or self._closing)
-                if self._closing and (self._written == self._shipped or self._too_late()):
+                if self._closing and (self._written == self._shipped or self._in_vain()):
                     return
             try:
                 self._gather()
@@ -284,8 +286,13 @@ class _Sender(threading.Thread):
     def _closing(self) -> bool:
         return self._deadline is not None
 
-    def _too_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+    def _in_vain(self) -> bool:
+        """Whether who closes need not wait: the time is up, or there is no server to send to."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return late or (self._failures > 0 and self._where() is None)
+
+    def _where(self) -> str | None:
+        return self._address if isinstance(self._address, str) else self._address()
 
     def _gather(self) -> None:
         """Rest while records come, unless somebody waits. What says that a run ended is on the disk
@@ -326,7 +333,7 @@ class _Sender(threading.Thread):
             self._changed.notify_all()
 
     def _connected(self) -> Shipper:
-        address = self._address if isinstance(self._address, str) else self._address()
+        address = self._where()
         if address is None:
             raise TrackerUnreachableError("no MLflow server is running")
         if self._shipper is None or self._shipper[0] != address:

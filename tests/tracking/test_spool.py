@@ -620,6 +620,16 @@ def test_the_address_may_change_and_may_be_unknown_at_first(
     assert history(mlflow_server, start.experiment) == {start.key: [(1, 1.0)]}
 
 
+def test_where_there_is_no_server_nobody_waits_for_one(
+    mlflow_server: str, begin: Begin, tmp_path: Path
+) -> None:
+    """Longer than a test may take, if it did."""
+    tracker = SpoolTracker(tmp_path, lambda: None)
+    tracker.start(begin())
+    assert tracker.close(3600) == 1
+    assert replay(tmp_path, mlflow_server).delivered == 1
+
+
 def test_a_long_journal_starts_afresh_once_all_of_it_has_arrived(
     mlflow_server: str, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
