@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from sweeper.grid import grid, grid_size
 from sweeper.space import (
     Parameter,
     Range,
@@ -20,8 +21,6 @@ from sweeper.space import (
     contains,
     draw,
     encode,
-    grid,
-    grid_size,
     ordered,
     position,
     requirements,

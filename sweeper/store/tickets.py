@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 
 from sweeper.config import TrialConfig
-from sweeper.space import contains, grid
+from sweeper.grid import grid
+from sweeper.space import contains
 from sweeper.store import attributes as attr
 from sweeper.store import recovery, sampling, tables
 from sweeper.store.database import Store

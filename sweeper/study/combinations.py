@@ -13,12 +13,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from sweeper.grid import grid, grid_size
 from sweeper.space import (
     Range,
     Values,
     draw,
-    grid,
-    grid_size,
     ordered,
     position,
     requirements,

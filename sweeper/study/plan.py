@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sweeper.grid import grid_size
 from sweeper.measurement import (
     EPOCH_METRICS,
     FINAL_METRICS,
     OBJECTIVE_METRICS,
     SUMMARY_METRICS,
 )
-from sweeper.space import Range, Values, grid_size, structural
+from sweeper.space import Range, Values, structural
 from sweeper.study.spec import Grid, ReferenceOnly, StudySpec
 
 COUNTED: Final = 1_000_000

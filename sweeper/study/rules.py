@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from sweeper.config.data import ImageFolder
-from sweeper.space import Range, Values, circle, grid_size
+from sweeper.grid import grid_size
+from sweeper.space import Range, Values, circle
 from sweeper.study.cluster import LEAD_S, lead_s
 from sweeper.study.draft import Draft
 from sweeper.study.folder import folder_mistake

@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 import pytest
 
-from sweeper.space import grid
+from sweeper.grid import grid
 from sweeper.store import sampling
 from sweeper.store.samplers import CmaEsSampler
 from sweeper.study.spec import StudySpec

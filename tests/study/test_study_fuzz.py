@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import sweeper.study.spec
 from sweeper.config import TrialConfig
 from sweeper.errors import StudyFileError
+from sweeper.grid import grid
 from sweeper.measurement import OBJECTIVE_METRICS
-from sweeper.space import grid
 from sweeper.study.parse import loads
 from sweeper.study.plan import plan
 from sweeper.study.spec import StudySpec
