@@ -145,7 +145,10 @@ def asked(data: StudyData) -> Facts:
     if spec.parameters:
         spaces = (f"{path}: {_space(parameter)}" for path, parameter in spec.parameters.items())
         facts.append(("searched", tuple(spaces)))
-    facts.append(("how", (f"{', '.join(how)}, {plural(data.now.budget, 'trial')}",)))
+    how.append(plural(data.now.budget, "trial"))
+    if chosen := sum(bool(row.given) for row in data.now.rows if row.state != "retried"):
+        how.append(f"{chosen} of them with values that a person gave (sweeper enqueue)")
+    facts.append(("how", (", ".join(how),)))
     if enough := search.stop.model_dump(exclude_none=True):
         facts.append(("enough", tuple(f"{name}: {value(each)}" for name, each in enough.items())))
     for name in ("data", "model", "optimizer", "train"):

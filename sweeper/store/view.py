@@ -39,7 +39,8 @@ class TrialRow:
     ``state`` is one of :data:`STATES`, or ``retried`` for a trial that another one replaced; one
     that ended and is about to be tried again is ``waiting``.
     ``values`` are the objectives of a finished trial, ``epoch`` and ``last_value`` what a running
-    one reported last. ``seconds`` of wall time count from the claim.
+    one reported last. ``seconds`` of wall time count from the claim. ``given`` are the paths whose
+    values a person chose, not the sampler (``sweeper enqueue``).
     """
 
     number: int
@@ -60,6 +61,7 @@ class TrialRow:
     outcome: str | None
     error: str | None
     model_parameters: int | None
+    given: tuple[str, ...] = ()
 
     def public(self) -> dict[str, Any]:
         """The row as ``trials --json`` prints it."""
@@ -67,6 +69,7 @@ class TrialRow:
             "number": self.number,
             "state": self.state,
             "params": dict(self.params),
+            "given": list(self.given),
             "metrics": dict(self.metrics),
             "seconds": self.seconds,
             "attempt": self.attempt,
@@ -173,6 +176,7 @@ def row_of(spec: StudySpec, trial: FrozenTrial, state: str) -> TrialRow:
         outcome=known.get(attr.OUTCOME),
         error=known.get(attr.ERROR),
         model_parameters=known.get(attr.PARAMETERS),
+        given=tuple(trial.system_attrs.get(attr.GIVEN, ())),
     )
 
 

@@ -96,6 +96,7 @@ def test_a_trial_of_a_persons_choice_comes_before_the_samplers(waiting: Sweeper)
     rows = waiting.json("trials", "small")
     assert [row["state"] for row in rows] == ["complete"] * 5
     assert [row["params"]["optimizer.lr"] for row in rows[:2]] == [0.002, 0.003]
+    assert [row["given"] for row in rows] == [["optimizer.lr"]] * 2 + [[]] * 3
 
 
 def test_a_grid_has_all_its_points_and_no_sampler_to_complete_one(sweeper: Sweeper) -> None:

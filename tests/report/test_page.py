@@ -247,6 +247,16 @@ def test_what_a_section_leaves_to_its_defaults_is_not_said_to_be_searched(
     assert said[section] == (text,)
 
 
+def test_trials_that_a_person_chose_are_told_from_the_samplers() -> None:
+    given = row(1, accuracy=0.6, given=("optimizer.lr",))
+    sections: dict[str, Any] = {"parameters": {"optimizer.lr": [0.1, 0.2]}}
+    rows = (row(0, accuracy=0.5), given, row(2, state="retried", given=("optimizer.lr",)))
+    (without,) = dict(asked(made(row(0, accuracy=0.5), **sections)).facts)["how"]
+    (said,) = dict(asked(made(*rows, **sections)).facts)["how"]
+    assert "person" not in without
+    assert said.endswith("2 trials, 1 of them with values that a person gave (sweeper enqueue)")
+
+
 def test_a_study_that_is_over_does_not_promise_a_result() -> None:
     diverged = row(0, state="pruned", outcome="diverged")
     crashed = row(1, state="failed", outcome="out_of_memory")
