@@ -119,9 +119,10 @@ def extend(store: Store, name: str, more: int) -> StoredStudy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Enqueued:
-    """A trial that a person asked for: its number, its values by path, and the paths that are the
-    sampler's to choose."""
+    """A trial of ``study`` that a person asked for: its number, its values by path, and the paths
+    that are the sampler's to choose."""
 
+    study: StoredStudy
     number: int
     values: Mapping[str, Any]
     open: Sequence[str]
@@ -147,7 +148,7 @@ def enqueue(store: Store, name: str, words: Sequence[str]) -> Enqueued:
         if not left and tickets.known(store, study.id, spec, point):
             raise UsageError(f"the study {name!r} has a trial of these values already")
         number = tickets.enqueue(store, study.id, spec, point)
-    return Enqueued(number=number, values=point, open=left)
+    return Enqueued(study=study, number=number, values=point, open=left)
 
 
 def _refuse(name: str, found: Sequence[Change], *, extend: bool) -> None:

@@ -265,7 +265,8 @@ def possible(parameter: Values | Range, options: Sequence[Any]) -> list[Any]:
         wanted = dict.fromkeys(map(_identity, options))
         return [own[identity] for identity in wanted if identity in own]
     number = int if parameter.integer else float
-    return list(dict.fromkeys(number(each) for each in options if contains(parameter, each)))
+    drawn = (nearest(parameter, number(each)) for each in options if contains(parameter, each))
+    return list(dict.fromkeys(drawn))
 
 
 def structural(path: str) -> bool:

@@ -234,7 +234,7 @@ def enqueue(
 
     with _opened(Settings.resolve(home=home, store=store)) as opened:
         found = enqueued(opened, study, values)
-        control, why = studies.asked(opened, studies.load(opened, study).id)
+        control, why = studies.asked(opened, found.study.id)
     if json_:
         print_json(
             {

@@ -289,6 +289,11 @@ def _no_parent(draft: Draft, parent: str) -> str:
 
 
 def _never(parameter: Values | Range, parent: str, option: Any) -> str:
+    return f"must be a value that {parent} can take, {takes_not(parameter, option)}"
+
+
+def takes_not(parameter: Values | Range, option: Any) -> str:
+    """What a parameter takes and what was there instead, as it follows “must be”."""
     if isinstance(parameter, Values):
         words = [value for value in parameter.values if isinstance(value, str)]
         near = did_you_mean(option, words) if isinstance(option, str) else ""
@@ -297,4 +302,4 @@ def _never(parameter: Values | Range, parent: str, option: Any) -> str:
     else:
         near, takes = "", f"from {parameter.low} to {parameter.high}"
         takes += f" in steps of {parameter.step}" if parameter.step else ""
-    return f"must be a value that {parent} can take, {takes}, but got {shown(option)}{near}"
+    return f"{takes}, but got {shown(option)}{near}"

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
 from sweeper.errors import UsageError
-from sweeper.space import (
-    Range,
-    Values,
-    contains,
-    nearest,
-    ordered,
-    position,
-    requirements,
-    same,
-)
+from sweeper.space import Range, Values, ordered, possible, requirements, same
+from sweeper.study.parameters import takes_not
 from sweeper.study.source import compose
 from sweeper.study.spec import StudySpec
 from sweeper.study.suggest import did_you_mean
-
-_NAMED: Final = 20
 
 
 def typed_point(spec: StudySpec, words: Sequence[str]) -> dict[str, Any]:
@@ -49,12 +39,13 @@ def typed_point(spec: StudySpec, words: Sequence[str]) -> dict[str, Any]:
     point: dict[str, Any] = {}
     for path in (each for each in ordered(spec.parameters) if each in given):
         parameter, value = spec.parameters[path], given[path]
-        if not contains(parameter, value):
-            wrong.append(f"{path} must be {_allowed(parameter)}, but got {value!r}")
+        drawn = possible(parameter, [value])
+        if not drawn:
+            wrong.append(f"{path} must be {takes_not(parameter, value)}")
         elif not parameter.holds(point):
             wrong.append(f"{path} is a parameter only where {_conditions(parameter)}; give that")
         else:
-            point[path] = _as_drawn(parameter, value)
+            point[path] = drawn[0]
     if not wrong and not still_open(spec, point):
         wrong += _unfit(spec, point)
     if wrong:
@@ -84,26 +75,10 @@ def _unknown(path: str, spec: StudySpec) -> str:
     return f"{path} must be a parameter of {spec.name!r} ({', '.join(known)}){hint}"
 
 
-def _allowed(parameter: Values | Range) -> str:
-    if isinstance(parameter, Values):
-        more = ", …" if len(parameter.values) > _NAMED else ""
-        return f"one of {', '.join(map(repr, parameter.values[:_NAMED]))}{more}"
-    steps = f" in steps of {parameter.step}" if parameter.step else ""
-    kind = "a whole number" if parameter.integer else "a number"
-    return f"{kind} from {parameter.low} to {parameter.high}{steps}"
-
-
 def _conditions(parameter: Values | Range) -> str:
     return " and ".join(
         f"{path} is {' or '.join(map(repr, options))}" for path, options in parameter.when.items()
     )
-
-
-def _as_drawn(parameter: Values | Range, value: Any) -> Any:
-    if isinstance(parameter, Range):
-        return nearest(parameter, int(value) if parameter.integer else float(value))
-    index = position(parameter, value)
-    return value if index is None else parameter.values[index]
 
 
 def _unfit(spec: StudySpec, point: Mapping[str, Any]) -> list[str]:
